@@ -1,0 +1,219 @@
+"""From what a user typed to frozen settings, and every complaint about it.
+
+The dataclasses below are the configuration: their fields are the keys, their values the defaults. A file under
+`experiments/` starts from `default_config()` and changes what it needs; the command line changes the rest.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from fdg_jax import data
+from fdg_jax.backward import POLICIES
+from fdg_jax.models import MODELS
+from fdg_jax.names import check_name
+from fdg_jax.partition import SPLITS
+from fdg_jax.pipeline import ENGINES
+from fdg_jax.schedule import ORDERS
+
+SOURCES = {"digits": data.digits}
+METHODS = ("bp", "fdg")
+OPTIMIZERS = ("sgd", "adam", "adamw")
+RATE_SCHEDULES = ("constant", "piecewise", "cosine")
+DTYPES = ("float32", "bfloat16")
+
+
+class ConfigError(ValueError):
+    """The user asked for something that does not exist or does not fit; one line that says what, and the cure."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """`config.model`: a name of `models.MODELS` and its size."""
+
+    name: str = "resnet_cifar"
+    depth: int = 20  # layers of the ResNet, hidden layers of the mlp
+    width: int = 16  # channels of the first group, units of a hidden layer
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """`config.data`."""
+
+    source: str = "digits"
+    path: str = ""  # of sources that are read from disk
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """`config.method`: a preset of `methods` and its arguments."""
+
+    name: str = "fdg"
+    beta: float = 1.0
+    policy: str = "stash"
+    order: str = "update_first"
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """`config.optim`."""
+
+    name: str = "sgd"
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4  # coupled in sgd, decoupled in adamw, on all parameters
+    schedule: str = "piecewise"
+    milestones: tuple[int, ...] = (150, 225, 275)  # epochs at whose beginning a piecewise rate drops
+    decay_factor: float = 0.1
+    warmup_epochs: float = 0.0
+    warmup_factor: float = 0.1  # of a piecewise schedule; a cosine one rises from 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`config`, the whole of it."""
+
+    seed: int = 0
+    num_stages: int = 2
+    cuts: str | tuple[int, ...] = "layers"  # "layers", "parameters", or the first layer of each stage but the first
+    engine: str = "mpmd"
+    epochs: int = 300
+    batch_size: int = 128
+    dtype: str = "float32"  # of the computation; parameters and updates are float32
+    log_every_steps: int = 50
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    method: MethodSettings = field(default_factory=MethodSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+
+
+def default_config() -> ConfigDict:
+    """Every key with its default: the recipe of the FDG papers."""
+    return ConfigDict(dataclasses.asdict(Settings()))
+
+
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    groups = [(key, value) for key, value in tree.items() if isinstance(value, Mapping)]
+    return [prefix + key for key in tree] + [name for k, v in groups for name in _dotted(v, f"{prefix}{k}.")]
+
+
+CONFIG_KEYS = tuple(_dotted(dataclasses.asdict(Settings())))  # dotted, as typed after --config.
+
+
+def resolve(config: Mapping[str, Any]) -> Settings:
+    """Checks a configuration and freezes it.
+
+    Raises:
+        ConfigError: naming the key, its value and the cure.
+    """
+    plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    plain["cuts"] = _parse_cuts(plain.get("cuts", "layers"))
+    settings = _freeze(Settings, plain, "")
+    try:
+        _check(settings)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return settings
+
+
+def _freeze(kind: type, given: Any, prefix: str) -> Any:
+    """The dataclass `kind` from a mapping, each value of its field's type."""
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"config.{prefix.rstrip('.')} must hold keys; got {given!r}")
+    known = {f.name: f for f in fields(kind)}
+    values = {}
+    for key, value in given.items():
+        try:
+            check_name("config key", f"{prefix}{key}", [prefix + name for name in known])
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        default = getattr(kind(), key)
+        if dataclasses.is_dataclass(default):
+            values[key] = _freeze(type(default), value, f"{prefix}{key}.")
+        else:
+            values[key] = _typed(f"config.{prefix}{key}", value, default)
+    return kind(**values)
+
+
+def _typed(name: str, value: Any, default: Any) -> Any:
+    if isinstance(default, tuple):
+        value = tuple(value) if isinstance(value, list | tuple) else (value,)
+        if not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+            raise ConfigError(f"{name} must be whole numbers; got {value}")
+    elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    elif not isinstance(value, type(default)) and name != "config.cuts":
+        raise ConfigError(f"{name} must be of type {type(default).__name__}; got {value!r}")
+    return value
+
+
+def _parse_cuts(cuts: Any) -> str | tuple[int, ...]:
+    """Cuts as typed on a command line: a word, or numbers like 3,6 or (3, 6)."""
+    if isinstance(cuts, int):
+        return (cuts,)
+    if not isinstance(cuts, str):
+        return tuple(cuts)
+    numbers = cuts.strip("()[] ").split(",")
+    if any(char.isdigit() for char in cuts):
+        try:
+            return tuple(int(number) for number in numbers if number.strip())
+        except ValueError:
+            words = " or ".join(SPLITS)
+            raise ConfigError(f"config.cuts must be layer numbers like 3,6, or {words}; got {cuts!r}") from None
+    return cuts
+
+
+def _check(settings: Settings) -> None:
+    for kind, name, valid in (
+        ("engine", settings.engine, ENGINES),
+        ("dtype", settings.dtype, DTYPES),
+        ("model", settings.model.name, MODELS),
+        ("data source", settings.data.source, SOURCES),
+        ("method", settings.method.name, METHODS),
+        ("policy", settings.method.policy, POLICIES),
+        ("order", settings.method.order, ORDERS),
+        ("optimizer", settings.optim.name, OPTIMIZERS),
+        ("learning rate schedule", settings.optim.schedule, RATE_SCHEDULES),
+    ):
+        check_name(kind, name, valid)
+    if isinstance(settings.cuts, str):
+        check_name("kind of cuts", settings.cuts, SPLITS)
+    elif len(settings.cuts) + 1 != settings.num_stages:
+        stages = len(settings.cuts) + 1
+        raise ConfigError(
+            f"config.cuts {settings.cuts} make {stages} stages, config.num_stages is {settings.num_stages}; "
+            f"add --config.num_stages={stages}"
+        )
+    optim = settings.optim
+    for name, value, low in (
+        ("num_stages", settings.num_stages, 1),
+        ("epochs", settings.epochs, 1),
+        ("batch_size", settings.batch_size, 1),
+        ("log_every_steps", settings.log_every_steps, 1),
+        ("seed", settings.seed, 0),
+        ("model.depth", settings.model.depth, 1),
+        ("model.width", settings.model.width, 1),
+        ("optim.learning_rate", optim.learning_rate, 0),
+        ("optim.momentum", optim.momentum, 0),
+        ("optim.weight_decay", optim.weight_decay, 0),
+        ("optim.warmup_epochs", optim.warmup_epochs, 0),
+    ):
+        if not value >= low or not math.isfinite(value):
+            raise ConfigError(f"config.{name} must be at least {low}; got {value}")
+    if optim.momentum >= 1:
+        raise ConfigError(f"config.optim.momentum must be below 1; got {optim.momentum}")
+    if list(optim.milestones) != sorted(set(optim.milestones)):
+        raise ConfigError(f"config.optim.milestones must increase; got {optim.milestones}")
+    if optim.name == "adam" and optim.weight_decay:
+        raise ConfigError("adam takes no weight decay: use config.optim.name=adamw, or config.optim.weight_decay=0")
+    if settings.data.path and settings.data.source == "digits":
+        raise ConfigError(
+            f"config.data.path is for sources on disk, digits come with the package; got {settings.data.path!r}"
+        )

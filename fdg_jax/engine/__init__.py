@@ -1,0 +1,1 @@
+"""Engines: interpreters of a schedule."""

@@ -1,0 +1,84 @@
+"""What an engine owes, and the plan and the state that all engines share.
+
+An engine interprets a schedule. It is made from a `Plan` and offers what `Engine` lists; the functions that it calls on
+a stage's device are `Worker`'s, the same for all engines.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import optax
+
+from fdg_jax.backward import Memo
+from fdg_jax.methods import Method
+from fdg_jax.schedule import Schedule
+from fdg_jax.stage import Stage
+
+PyTree = Any
+Metrics = dict[str, jax.Array]
+Loss = Callable[[PyTree, PyTree], jax.Array | tuple[jax.Array, Metrics]]
+INPUTS, TARGETS, COTANGENTS = "inputs", "targets", "cotangents"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is fixed during a run."""
+
+    stages: tuple[Stage, ...]
+    shapes: tuple[PyTree, ...]  # of the inputs of every stage
+    schedule: Schedule
+    method: Method
+    loss: Loss
+    optimizer: optax.GradientTransformation
+
+    @property
+    def last(self) -> int:
+        return len(self.stages) - 1
+
+
+class StageState(NamedTuple):
+    """What a stage owns, on its device."""
+
+    params: list[PyTree]  # one tree a group of layers
+    state: list[PyTree]  # module state: BatchNorm statistics and the like
+    opt_state: PyTree
+    key: jax.Array  # of the run, the same on every stage
+    batch: jax.Array  # () uint32: the next batch to forward
+    totals: Metrics  # () float32 sums over batches since they were last read; empty but on the last stage
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """Everything there is: training is a function of it and of the batches to come."""
+
+    # Where the schedule stands
+    fed: int  # batches given so far
+    origin: int  # the batch with which the pipeline last began to fill
+    # What the stages own
+    stages: tuple[StageState, ...]
+    # In flight; a message's key is (kind, stage that reads it, batch), a memo's (stage, batch)
+    inbox: dict[tuple[str, int, int], PyTree]  # on the reader's device
+    outbox: dict[tuple[str, int, int], PyTree]  # sent in the last tick, still on the sender's device
+    memos: dict[tuple[int, int], Memo]
+
+
+class Engine(Protocol):
+    """What an engine owes to `Pipeline`; it is made from a plan and the device of every stage."""
+
+    plan: Plan
+    workers: dict[int, Any]  # `Worker`s traced so far, by stage
+
+    def init(self, params: list[PyTree], state: list[PyTree], key: jax.Array) -> State:
+        """The state before the first batch; params and state come one tree a layer."""
+
+    def step(self, state: State, inputs: PyTree, targets: PyTree) -> tuple[State, Metrics | None]:
+        """Feeds a batch and runs one period of the schedule; metrics of the batch that left the last stage, if any."""
+
+    def drain(self, state: State) -> tuple[State, list[Metrics]]:
+        """Answers everything in flight; metrics of the batches that left the last stage, in order."""
+
+    def predict(self, state: State, inputs: PyTree) -> PyTree:
+        """Outputs in evaluation form on the weights of the moment."""

@@ -1,0 +1,112 @@
+"""Trains a network as a file under `experiments/` says:
+
+    python -m fdg_jax.main --config experiments/digits.py --config.method.beta=0.2 --workdir runs/shrunk
+
+This file is short on purpose: flags, devices, `train_and_evaluate`. Exit status: 0 done, 1 the run failed, 2 the
+configuration is wrong, 130 or 143 stopped by a signal.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+from rich.console import Console
+
+from fdg_jax.config import CONFIG_KEYS, ConfigError, resolve
+from fdg_jax.console import describe_metrics
+from fdg_jax.names import check_name
+from fdg_jax.train import RunFailed, train_and_evaluate
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "The experiment, for example experiments/digits.py. Its keys can be overridden: --config.method.beta=0.2, "
+    "--config.num_stages=4; fdg_jax/config.py lists them all.",
+    lock_config=True,
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder for the settings, metrics and weights; by default runs/ and the name of the experiment."
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the experiment that the flags name; returns the exit status."""
+    console = Console()
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
+    try:
+        if len(argv) > 1:
+            raise ConfigError(f"unexpected argument {argv[1]!r}; flags begin with --config. or --workdir")
+        settings = resolve(_given_config())
+        make_devices(settings.num_stages)
+        workdir = Path(_WORKDIR.value) if _WORKDIR.value else _free_workdir(Path("runs") / _experiment_name())
+        result = train_and_evaluate(settings, workdir, console)
+    except ConfigError as error:
+        return _complain(error, 2)
+    except RunFailed as error:
+        return _complain(error, 1)
+    except KeyboardInterrupt:
+        return _complain("stopped at once; what was written up to the last log is kept", 130)
+    if result.stopped_by is not None:
+        console.print(f"stopped early; weights and metrics are in {workdir}", highlight=False, markup=False)
+        return 128 + result.stopped_by
+    summary = f"{describe_metrics(result.metrics)}  after {result.seconds:.1f} s; weights and metrics are in {workdir}"
+    console.print(summary, highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def make_devices(num_stages: int) -> None:
+    """Lets the CPU appear as one device a stage, where nobody has said how many. Must come before JAX starts.
+
+    Accelerators are not touched: JAX prefers them where it finds them. Exactly as many, since idle CPU devices spin.
+    """
+    said = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not said:
+        jax.config.update("jax_num_cpu_devices", num_stages)
+
+
+def _given_config():
+    if not _CONFIG.present:
+        raise ConfigError("--config is missing; try --config experiments/digits.py")
+    try:
+        config = _CONFIG.value
+        config.to_dict()
+    except (FileNotFoundError, AttributeError, OSError) as error:
+        raise ConfigError(f"cannot read --config={config_flags.get_config_filename(flags.FLAGS['config'])}") from error
+    return config
+
+
+def _experiment_name() -> str:
+    return Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+
+
+def _free_workdir(base: Path) -> Path:
+    """The folder, or the next like it that does not exist: runs/digits, runs/digits-2, .."""
+    candidate, number = base, 2
+    while candidate.exists():
+        candidate, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return candidate
+
+
+def _complain(reason: object, status: int) -> int:
+    print(f"fdg_jax: {reason}", file=sys.stderr)
+    return status
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Flags, or one line about the first that is wrong and exit status 2."""
+    try:
+        for key in re.findall(r"^--?config\.([\w.]+)", "\n".join(argv), re.MULTILINE):
+            check_name("config key", key, CONFIG_KEYS)
+        return flags.FLAGS(list(argv))
+    except (flags.Error, ValueError) as error:
+        raise SystemExit(_complain(error, 2)) from None
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,83 @@
+"""What is measured: the loss and its metrics on a batch, sums over a test set, and the files that numbers go to."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree = Any
+
+
+def softmax_cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean cross entropy in nats and accuracy, in float32 or better: logits (N, C), targets (N,) integers in 0..C-1."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    loss = jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
+    return loss, {"accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == targets, dtype=jnp.float32)}
+
+
+def call_loss(loss: Callable, outputs: PyTree, targets: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss, and all that is to be reported: "loss" itself and the metrics that the function gives beside it.
+
+    Raises:
+        ValueError: the function gives something else than a floating point scalar, or that and a dict of scalars.
+    """
+    result = loss(outputs, targets)
+    value, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+    if not isinstance(metrics, Mapping):
+        raise ValueError(f"the loss function must give a dict of metrics beside the loss; it gives {metrics!r:.60}")
+    reported = {"loss": value, **metrics}
+    for name, scalar in reported.items():
+        if not isinstance(scalar, jax.Array | np.ndarray | np.generic) or scalar.shape != ():
+            given = f"{scalar.dtype}{list(scalar.shape)}" if hasattr(scalar, "shape") else f"{scalar!r:.60}"
+            raise ValueError(f"the {name} must be a scalar; the loss function gives {given}: average over the batch")
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"the loss must be a floating point number; the loss function gives {value.dtype}")
+    return value, reported
+
+
+@partial(jax.jit, static_argnames="loss")
+def masked_sums(loss: Callable, outputs: PyTree, targets: PyTree, mask: jax.Array) -> dict[str, jax.Array]:
+    """Sums, over the examples that `mask` (N,) keeps, of "loss" and what the loss function reports; their "count".
+
+    Each example is a batch of one to `loss`, so that padding leaves no trace.
+    """
+
+    def one(outputs, targets):
+        batch_of_one = jax.tree.map(lambda leaf: leaf[None], (outputs, targets))
+        return {**call_loss(loss, *batch_of_one)[1], "count": jnp.ones(())}
+
+    return jax.tree.map(lambda each: jnp.sum(jnp.where(mask, each, 0)), jax.vmap(one)(outputs, targets))
+
+
+class MetricWriter:
+    """Appends to `metrics.jsonl`, one object a line, and writes TensorBoard events under the same tags.
+
+    Args:
+        workdir: an existing folder.
+    """
+
+    def __init__(self, workdir: Path):
+        from tensorboardX import SummaryWriter  # only a run with a workdir needs it
+
+        self._lines = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._events = SummaryWriter(logdir=str(workdir))
+
+    def write(self, step: int, epoch: float, time_s: float, values: Mapping[str, float]) -> None:
+        """One moment of the run: batches and epochs fed, seconds since the start, and what was measured, by tag."""
+        finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
+        line = {"step": step, "epoch": round(epoch, 4), "time_s": round(time_s, 3), **finite}
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+        for tag, value in values.items():
+            self._events.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        self._lines.close()
+        self._events.close()

@@ -1,0 +1,251 @@
+"""The loop of a run: build, initialise, feed, log, evaluate, save."""
+
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from rich.console import Console
+
+from fdg_jax import methods, models, optim
+from fdg_jax.checkpoint import Weights, save_weights
+from fdg_jax.config import SOURCES, ConfigError, MethodSettings, OptimSettings, Settings
+from fdg_jax.console import RunDisplay
+from fdg_jax.data import ArraySource
+from fdg_jax.engine.base import State
+from fdg_jax.methods import Method
+from fdg_jax.metrics import MetricWriter, masked_sums, softmax_cross_entropy
+from fdg_jax.pipeline import Pipeline
+
+
+class RunFailed(Exception):
+    """A run that cannot go on; one line that says where it stands."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ends with.
+
+    Attributes:
+        metrics: the last test metrics, by tag.
+        seconds: of the training, compilation and evaluations included.
+        stopped_by: the signal that ended the run early, or None.
+    """
+
+    metrics: dict[str, float]
+    seconds: float
+    stopped_by: int | None
+
+
+def train_and_evaluate(settings: Settings, workdir: Path, console: Console) -> Result:
+    """Trains as the settings say and leaves in `workdir` the settings, the metrics and the final weights.
+
+    Args:
+        settings: from `config.resolve`.
+        workdir: made here; it must not hold a run already.
+        console: for what is printed.
+
+    Raises:
+        ConfigError: the settings do not fit one another, or the workdir is taken. Nothing has been written.
+        RunFailed: the loss is no longer finite. What was written stays.
+    """
+    pipe, source = build(settings)
+    images, _ = source.batch(settings.seed, 0, settings.batch_size)
+    try:
+        state = pipe.init(jax.random.key(settings.seed), images)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+    _make_workdir(workdir, settings)
+    _announce(settings, pipe, source, workdir, console)
+    with closing(MetricWriter(workdir)) as writer, _signals(console) as received:
+        run = _Run(settings, pipe, source, writer, console)
+        state, metrics = run.train(state, received)
+    save_weights(workdir / "params", Weights(pipe.params(state), pipe.module_state(state)))
+    return Result(metrics, run.seconds, received[0] if received else None)
+
+
+def build(settings: Settings) -> tuple[Pipeline, ArraySource]:
+    """The pipeline and the data of a run.
+
+    Raises:
+        ConfigError: the settings do not fit one another.
+    """
+    source = SOURCES[settings.data.source]()
+    try:
+        steps_per_epoch = source.steps_per_epoch(settings.batch_size)
+        layers = models.build(
+            settings.model.name,
+            seed=settings.seed,
+            depth=settings.model.depth,
+            width=settings.model.width,
+            num_classes=source.num_classes,
+            in_shape=source.train_images.shape[1:],
+            dtype=settings.dtype,
+        )
+        pipe = Pipeline(
+            layers,
+            loss=softmax_cross_entropy,
+            optimizer=make_optimizer(settings.optim, steps_per_epoch, settings.epochs),
+            method=make_method(settings.method),
+            num_stages=settings.num_stages,
+            cuts=settings.cuts,
+            engine=settings.engine,
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+    return pipe, source
+
+
+def make_method(settings: MethodSettings) -> Method:
+    """The method that the settings name; `bp` has no beta, policy or order."""
+    if settings.name == "bp":
+        return methods.bp()
+    return methods.fdg(settings.beta, settings.policy, settings.order)
+
+
+def make_optimizer(settings: OptimSettings, steps_per_epoch: int, epochs: int) -> optax.GradientTransformation:
+    """The optimizer with its learning rate as a function of updates; the settings count epochs."""
+    warmup_steps = round(settings.warmup_epochs * steps_per_epoch)
+    rate: optax.ScalarOrSchedule = settings.learning_rate
+    if settings.schedule == "cosine":
+        rate = optim.cosine(settings.learning_rate, epochs * steps_per_epoch, warmup_steps)
+    elif settings.schedule == "piecewise":
+        boundaries = [epoch * steps_per_epoch for epoch in settings.milestones]
+        rate = optim.piecewise(
+            settings.learning_rate, boundaries, settings.decay_factor, warmup_steps, settings.warmup_factor
+        )
+    if settings.name == "sgd":
+        return optim.sgd(rate, settings.momentum, settings.weight_decay, settings.nesterov)
+    return optax.adamw(rate, weight_decay=settings.weight_decay)
+
+
+def _make_workdir(workdir: Path, settings: Settings) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if (workdir / "config.json").exists() or (workdir / "metrics.jsonl").exists():
+            raise ConfigError(f"{workdir} holds a run already, and nothing is overwritten: choose another --workdir")
+        (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+
+
+def _announce(settings: Settings, pipe: Pipeline, source: ArraySource, workdir: Path, console: Console) -> None:
+    steps = source.steps_per_epoch(settings.batch_size)
+    dropped = len(source.train_images) - steps * settings.batch_size
+    shape = "x".join(map(str, source.train_images.shape[1:]))
+    lines = [
+        f"{source.name}: {len(source.train_images):,} training and {len(source.test_images):,} test images of {shape}, "
+        f"{source.num_classes} classes",
+        f"{settings.epochs} epochs of {steps} batches of {settings.batch_size}"
+        + (f"; {dropped} images left over are dropped, others in every epoch" if dropped else ""),
+        f"{settings.model.name} of depth {settings.model.depth} and width {settings.model.width}, {settings.dtype}; "
+        f"{settings.optim.name}, learning rate {settings.optim.learning_rate:g} ({settings.optim.schedule})",
+        "",
+        pipe.show(),
+        "",
+        f"writing to {workdir}",
+    ]
+    if pipe.method.beta == 0:
+        lines.append("beta 0: only the last stage learns from the loss; the others move by weight decay alone")
+    if pipe.method.beta < 1 and settings.optim.name != "sgd":
+        lines.append(f"beta {pipe.method.beta:g} hardly acts: {settings.optim.name} ignores the scale of gradients")
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _signals(console: Console) -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM so that the loop can stop between batches; a second one acts at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, previous[signal.Signals(number)])
+        console.print("stopping after this batch; press Ctrl-C again to stop at once", style="yellow")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _Run:
+    """The state of the loop that is not the pipeline's: clocks and the latest numbers."""
+
+    def __init__(self, settings: Settings, pipe: Pipeline, source: ArraySource, writer: MetricWriter, console: Console):
+        self.settings, self.pipe, self.source, self.writer = settings, pipe, source, writer
+        self.per_epoch = source.steps_per_epoch(settings.batch_size)
+        self.num_steps = settings.epochs * self.per_epoch
+        self.display = RunDisplay(self.num_steps, settings.epochs, console)
+        self.metrics: dict[str, float] = {}
+        self.started = time.perf_counter()
+        self.seconds = 0.0
+        self.last_log, self.last_log_at = 0, self.started
+
+    def train(self, state: State, received: list[int]) -> tuple[State, dict[str, float]]:
+        """Feeds all batches, or those until a signal arrives; everything fed is answered at the end."""
+        settings = self.settings
+        with self.display:
+            for step in range(1, self.num_steps + 1):
+                batch = self.source.batch(settings.seed, step - 1, settings.batch_size)
+                state, _ = self.pipe.step(state, batch)
+                self.display.advance()
+                ends = step == self.num_steps or bool(received)
+                epoch_ends = ends or step % self.per_epoch == 0
+                if epoch_ends or step % settings.log_every_steps == 0:
+                    jax.block_until_ready(state)  # the one place where the loop waits for the devices
+                    seconds = time.perf_counter() - self.last_log_at
+                    if ends:
+                        state, _ = self.pipe.drain(state)
+                    state = self.log(state, step, seconds, evaluates=epoch_ends)
+                if ends:
+                    break
+        return state, self.metrics
+
+    def log(self, state: State, step: int, seconds: float, evaluates: bool) -> State:
+        """Reports the means of the `seconds` since the last log; in a run's first, they are mostly compilation."""
+        state, means = self.pipe.read_metrics(state)
+        if not means.pop("batches"):
+            return state
+        if not math.isfinite(means["loss"]):
+            ticks = self.last_log * self.pipe.schedule.period, step * self.pipe.schedule.period - 1
+            raise RunFailed(
+                f"the loss is {means['loss']}: it stopped being finite between steps {self.last_log + 1} and {step} "
+                f"(ticks {ticks[0]} to {ticks[1]}); the metrics before are kept; "
+                "try a smaller config.optim.learning_rate or some warm-up"
+            )
+        values = {f"train/{name}": value for name, value in sorted(means.items(), reverse=True)}
+        images = (step - self.last_log) * self.settings.batch_size
+        values["train/images_per_s"] = images / seconds
+        if evaluates:
+            self.metrics = evaluate(self.pipe, state, self.source, self.settings.batch_size)
+            values |= self.metrics
+        self.seconds = time.perf_counter() - self.started
+        self.writer.write(step, step / self.per_epoch, self.seconds, values)
+        self.display.report(step, step / self.per_epoch, values)
+        self.last_log, self.last_log_at = step, time.perf_counter()
+        return state
+
+
+def evaluate(pipe: Pipeline, state: State, source: ArraySource, batch_size: int) -> dict[str, float]:
+    """Means over the test images on the weights of the moment, each image once: "test/loss" and the loss's metrics."""
+    sums: dict[str, float] = {}
+    for images, labels, mask in source.test_batches(batch_size):
+        outputs = pipe.predict(state, images)
+        for name, value in masked_sums(pipe.loss, outputs, np.asarray(labels), mask).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    count = sums.pop("count")
+    return {f"test/{name}": value / count for name, value in sorted(sums.items(), reverse=True)}
