@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from orbax.checkpoint import v1 as orbax
 
 PyTree = Any
@@ -21,7 +23,9 @@ def save_weights(folder: Path, weights: Weights) -> None:
     Raises:
         ValueError: the folder exists; nothing is overwritten.
     """
-    orbax.save(folder.absolute(), weights._asdict())
+    if folder.exists():
+        raise ValueError(f"{folder} already exists, and nothing is overwritten")
+    orbax.save(folder.absolute(), jax.tree.map(np.asarray, weights._asdict()))
 
 
 def load_weights(folder: Path, like: Weights | None = None) -> Weights:

@@ -12,13 +12,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fdg_jax import data
-from fdg_jax.backward import POLICIES
+from fdg_jax import data, methods
 from fdg_jax.models import MODELS
 from fdg_jax.names import check_name
 from fdg_jax.partition import SPLITS
 from fdg_jax.pipeline import ENGINES
-from fdg_jax.schedule import ORDERS
 
 SOURCES = {"digits": data.digits}
 METHODS = ("bp", "fdg")
@@ -143,23 +141,23 @@ def _freeze(kind: type, given: Any, prefix: str) -> Any:
 
 
 def _typed(name: str, value: Any, default: Any) -> Any:
+    """The value, brought to the default's type where nothing is lost."""
     if isinstance(default, tuple):
-        value = tuple(value) if isinstance(value, list | tuple) else (value,)
-        if not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-            raise ConfigError(f"{name} must be whole numbers; got {value}")
-    elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    elif not isinstance(value, type(default)) and name != "config.cuts":
+        values = tuple(value) if isinstance(value, list | tuple) else (value,)
+        if not all(type(v) is int for v in values):
+            raise ConfigError(f"{name} must be whole numbers; got {value!r}")
+        return values
+    if type(default) is float and type(value) is int:
+        return float(value)
+    if type(value) is not type(default) and name != "config.cuts":
         raise ConfigError(f"{name} must be of type {type(default).__name__}; got {value!r}")
     return value
 
 
 def _parse_cuts(cuts: Any) -> str | tuple[int, ...]:
     """Cuts as typed on a command line: a word, or numbers like 3,6 or (3, 6)."""
-    if isinstance(cuts, int):
-        return (cuts,)
     if not isinstance(cuts, str):
-        return tuple(cuts)
+        return _typed("config.cuts", cuts, ())
     numbers = cuts.strip("()[] ").split(",")
     if any(char.isdigit() for char in cuts):
         try:
@@ -177,8 +175,6 @@ def _check(settings: Settings) -> None:
         ("model", settings.model.name, MODELS),
         ("data source", settings.data.source, SOURCES),
         ("method", settings.method.name, METHODS),
-        ("policy", settings.method.policy, POLICIES),
-        ("order", settings.method.order, ORDERS),
         ("optimizer", settings.optim.name, OPTIMIZERS),
         ("learning rate schedule", settings.optim.schedule, RATE_SCHEDULES),
     ):
@@ -191,6 +187,7 @@ def _check(settings: Settings) -> None:
             f"config.cuts {settings.cuts} make {stages} stages, config.num_stages is {settings.num_stages}; "
             f"add --config.num_stages={stages}"
         )
+    methods.fdg(settings.method.beta, settings.method.policy, settings.method.order)  # refuses what it cannot be
     optim = settings.optim
     for name, value, low in (
         ("num_stages", settings.num_stages, 1),

@@ -52,12 +52,14 @@ def main(argv: Sequence[str]) -> int:
         return _complain(error, 1)
     except KeyboardInterrupt:
         return _complain("stopped at once; what was written up to the last log is kept", 130)
-    if result.stopped_by is not None:
-        console.print(f"stopped early; weights and metrics are in {workdir}", highlight=False, markup=False)
-        return 128 + result.stopped_by
-    summary = f"{describe_metrics(result.metrics)}  after {result.seconds:.1f} s; weights and metrics are in {workdir}"
+    if result.stopped_by is None:
+        summary = (
+            f"{describe_metrics(result.metrics)}  after {result.seconds:.1f} s; weights and metrics are in {workdir}"
+        )
+    else:
+        summary = f"stopped early; weights and metrics are in {workdir}"
     console.print(summary, highlight=False, markup=False, soft_wrap=True)
-    return 0
+    return 0 if result.stopped_by is None else 128 + result.stopped_by
 
 
 def make_devices(num_stages: int) -> None:

@@ -1,0 +1,121 @@
+"""The command line as a user meets it: real processes, their output and their exit status."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DIGITS = ("--config", "experiments/digits.py")
+QUICK = ("--config.model.name=mlp", "--config.model.depth=2", "--config.epochs=1")
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "fdg_jax.main", *arguments]
+
+
+def clean_environment():
+    """As on a fresh machine: nothing said about devices."""
+    return {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        command(*arguments),
+        cwd=ROOT,
+        env=clean_environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Several runs at once, since starting takes longer than what is tested: {name: (status, stdout, stderr)}."""
+    folder = tmp_path_factory.mktemp("main")
+    runs = {
+        "four": (
+            *DIGITS,
+            *QUICK,
+            "--config.model.depth=3",
+            "--config.num_stages=4",
+            "--config.method.beta=0.2",
+            f"--workdir={folder}/four",
+        ),
+        "nan": (*DIGITS, *QUICK, "--config.optim.learning_rate=1e9", f"--workdir={folder}/nan"),
+        "typo": (*DIGITS, "--config.method.bta=0.2"),
+        "value": (*DIGITS, "--config.batch_size=many"),
+        "beta": (*DIGITS, "--config.method.beta=2"),
+        "stages": (*DIGITS, "--config.num_stages=9"),
+        "missing": ("--config=experiments/nothing.py",),
+        "none": (),
+        "extra": (*DIGITS, "surplus"),
+    }
+    processes = {name: start(*arguments) for name, arguments in runs.items()}
+    done = {}
+    for name, process in processes.items():
+        stdout, stderr = process.communicate(timeout=120)
+        done[name] = (process.returncode, stdout, stderr)
+    return folder, done
+
+
+def test_overrides_act_and_stages_get_devices_of_their_own(outcomes):
+    folder, done = outcomes
+    status, stdout, stderr = done["four"]
+    assert (status, stderr) == (0, "")
+    assert "fdg(beta=0.2, policy=stash), 4 stages" in stdout
+    assert all(f"cpu:{k}\n" in stdout for k in range(4))
+    assert "cpu:4" not in stdout
+    assert "share" not in stdout
+    last = stdout.splitlines()[-1]
+    lines = [json.loads(line) for line in (folder / "four" / "metrics.jsonl").read_text().splitlines()]
+    assert f"test accuracy {100 * lines[-1]['test/accuracy']:.2f} %" in last
+    assert str(folder / "four") in last
+    assert json.loads((folder / "four" / "config.json").read_text())["method"]["beta"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [
+        ("nan", 1, "it stopped being finite between steps 1 and 22 (ticks 0 to 21)"),
+        ("typo", 2, "unknown config key 'method.bta'; did you mean 'method.beta'"),
+        ("value", 2, "--config.batch_size=many"),
+        ("beta", 2, "beta must lie in (0, 1]"),
+        ("stages", 2, "num_stages must lie in 1..5, for every stage needs one of the 5 layers; got 9"),
+        ("missing", 2, "cannot read --config=experiments/nothing.py"),
+        ("none", 2, "--config is missing; try --config experiments/digits.py"),
+        ("extra", 2, "unexpected argument 'surplus'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(outcomes, name, status, message):
+    actual, _, stderr = outcomes[1][name]
+    assert actual == status
+    assert message in stderr
+    assert stderr.count("\n") == 1, stderr
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_the_run_between_batches_and_keeps_its_work(number, status, tmp_path):
+    process = start(
+        *DIGITS,
+        "--config.epochs=100000",
+        "--config.model.name=mlp",
+        "--config.model.depth=2",
+        f"--workdir={tmp_path}/run",
+    )
+    for line in process.stdout:
+        if line.startswith("epoch"):  # it is training
+            break
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == status, stderr
+    assert "stopping after this batch" in stdout
+    assert f"stopped early; weights and metrics are in {tmp_path}/run" in stdout.splitlines()[-1]
+    assert (tmp_path / "run" / "params").is_dir()
+    assert "test/accuracy" in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert stderr == ""

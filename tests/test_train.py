@@ -1,0 +1,172 @@
+import dataclasses
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from fdg_jax.checkpoint import Weights, load_weights
+from fdg_jax.config import ConfigError, DataSettings, MethodSettings, ModelSettings, OptimSettings, Settings
+from fdg_jax.metrics import softmax_cross_entropy
+from fdg_jax.train import RunFailed, build, evaluate, train_and_evaluate
+
+SMALL = Settings(
+    epochs=2,
+    batch_size=256,
+    log_every_steps=2,
+    model=ModelSettings(name="mlp", depth=2, width=16),
+    data=DataSettings(source="digits"),
+    method=MethodSettings(beta=0.5),
+    optim=OptimSettings(learning_rate=0.05, schedule="constant"),
+)
+TRAIN_TAGS = {"train/loss", "train/accuracy", "train/images_per_s"}
+TEST_TAGS = {"test/loss", "test/accuracy"}
+
+
+def train(settings, workdir):
+    text = io.StringIO()
+    result = train_and_evaluate(settings, workdir, Console(file=text, width=200))
+    return result, text.getvalue()
+
+
+def read_lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "small"
+    return workdir, *train(SMALL, workdir)
+
+
+def test_a_run_leaves_settings_metrics_events_and_weights(finished):
+    workdir, result, _ = finished
+    assert json.loads((workdir / "config.json").read_text()) == json.loads(json.dumps(dataclasses.asdict(SMALL)))
+    assert {path.name.split(".")[0] for path in workdir.iterdir()} == {"config", "metrics", "events", "params"}
+    lines = read_lines(workdir)
+    assert [line["step"] for line in lines] == [2, 4, 5, 6, 8, 10]  # every second step, and the ends of two epochs of 5
+    assert [line["epoch"] for line in lines] == [0.4, 0.8, 1.0, 1.2, 1.6, 2.0]
+    for line in lines:
+        measured = TRAIN_TAGS | (TEST_TAGS if line["step"] % 5 == 0 else set())
+        assert set(line) == {"step", "epoch", "time_s"} | measured
+    assert result.metrics == {tag: lines[-1][tag] for tag in TEST_TAGS}
+    assert result.stopped_by is None
+
+
+def test_the_weights_left_behind_are_those_that_were_tested(finished):
+    workdir, result, _ = finished
+    pipe, source = build(dataclasses.replace(SMALL, num_stages=1))
+    images = source.test_images
+    state = pipe.init(jax.random.key(1), images)
+    loaded = load_weights(workdir / "params", Weights(pipe.params(state), pipe.module_state(state)))
+    state = pipe.init(jax.random.key(1), images, loaded.params, loaded.module_state)
+    loss, metrics = softmax_cross_entropy(pipe.predict(state, images), source.test_labels)
+    assert result.metrics["test/accuracy"] == pytest.approx(float(metrics["accuracy"]), abs=1e-6)
+    assert result.metrics["test/loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert evaluate(pipe, state, source, 7)["test/loss"] == pytest.approx(float(loss), rel=1e-5)  # 360 = 51 * 7 + 3
+
+
+def test_a_run_says_first_what_it_will_do(finished):
+    workdir, result, text = finished
+    told = text[: text.index("\nepoch ")]
+    for part in (
+        "digits: 1,437 training and 360 test images of 8x8x1, 10 classes",
+        "157 images left over are dropped",
+        "fdg(beta=0.5, policy=stash), 2 stages",
+        " 2    B0 U F2     F1 B1 U",
+        "stage  layers",
+        "old weights",
+        f"writing to {workdir}",
+    ):
+        assert part in told, part
+    lines = [line for line in text.splitlines() if line.startswith("epoch ")]
+    assert len(lines) == 6
+    assert f"test accuracy {100 * result.metrics['test/accuracy']:.2f} %" in lines[-1]
+    assert "images/s" in lines[-1]
+
+
+def test_the_same_seed_gives_the_same_numbers(finished, tmp_path):
+    workdir, _, _ = finished
+    train(SMALL, tmp_path / "again")
+    times = {"time_s", "train/images_per_s"}
+    without_times = [
+        [{k: v for k, v in line.items() if k not in times} for line in read_lines(w)]
+        for w in (workdir, tmp_path / "again")
+    ]
+    assert without_times[0] == without_times[1]
+
+
+def test_logging_is_the_mean_of_every_batch_once(finished):
+    """The means of the logs, weighted by the batches that left the last stage in each, are the mean over all ten; the
+    last log holds what draining added."""
+    workdir, _, _ = finished
+    counts = [1, 2, 1, 1, 2, 3]
+    lines = read_lines(workdir)
+    pipe, source = build(SMALL)
+    state = pipe.init(jax.random.key(SMALL.seed), source.batch(0, 0, 256)[0])
+    losses = []
+    for i in range(10):
+        state, metrics = pipe.step(state, source.batch(SMALL.seed, i, 256))
+        losses += [metrics] if metrics else []
+    losses = [float(m["loss"]) for m in losses + pipe.drain(state)[1]]
+    assert sum(counts) == len(losses) == 10
+    ends = np.cumsum(counts)
+    for line, start, end in zip(lines, ends - counts, ends, strict=True):
+        assert line["train/loss"] == pytest.approx(np.mean(losses[start:end]), rel=1e-5)
+
+
+def test_a_loss_that_is_no_longer_finite_stops_the_run(tmp_path):
+    workdir = tmp_path / "nan"
+    settings = dataclasses.replace(SMALL, optim=dataclasses.replace(SMALL.optim, learning_rate=1e9), epochs=4)
+    with pytest.raises(
+        RunFailed, match=r"the loss is .*: it stopped being finite between steps 3 and 4 \(ticks 2 to 3\)"
+    ) as caught:
+        train(settings, workdir)
+    assert "\n" not in str(caught.value)
+    assert [line["step"] for line in read_lines(workdir)] == [2]
+    assert not (workdir / "params").exists()
+
+
+def test_a_workdir_in_use_is_left_alone(finished):
+    workdir, _, _ = finished
+    before = {path.name: path.stat().st_mtime_ns for path in workdir.iterdir()}
+    with pytest.raises(ConfigError, match="holds a run already, and nothing is overwritten: choose another --workdir"):
+        train(SMALL, workdir)
+    assert {path.name: path.stat().st_mtime_ns for path in workdir.iterdir()} == before
+
+
+def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write to --workdir"):
+        train(SMALL, tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_stages": 9}, "num_stages must lie in 1..4"),
+        ({"cuts": (9,)}, r"cuts must lie in 1..3 for 4 layers; got \(9,\)"),
+        ({"batch_size": 2000}, "batch_size must be at most 1437"),
+        ({"model": ModelSettings(name="resnet_cifar", depth=9)}, "did you mean 8"),
+    ],
+)
+def test_settings_that_do_not_fit_leave_nothing_behind(changes, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        train(dataclasses.replace(SMALL, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer", "words"),
+    [
+        (MethodSettings(beta=0.0), "sgd", "beta 0: only the last stage learns from the loss"),
+        (MethodSettings(beta=0.5), "adamw", "beta 0.5 hardly acts: adamw ignores the scale of gradients"),
+        (MethodSettings(name="bp"), "adamw", "bp, 2 stages"),
+    ],
+)
+def test_what_may_surprise_is_said(method, optimizer, words, tmp_path):
+    optim = dataclasses.replace(SMALL.optim, name=optimizer, learning_rate=1e-3)
+    settings = dataclasses.replace(SMALL, method=method, optim=optim, epochs=1)
+    assert words in train(settings, tmp_path / "run")[1]
