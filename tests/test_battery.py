@@ -64,10 +64,10 @@ def test_fdg_is_algorithm_1(network, optimizer, num_stages, beta, policy):
         follow_oracle(network, optimizer, num_stages, methods.fdg(beta, policy), "float64", EXACT)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_fdg_is_algorithm_1_on_a_resnet(policy):
+def test_fdg_is_algorithm_1_on_a_resnet():
+    """Convolutions and shortcuts too, under the policy that needs the most of the layers."""
     with jax.enable_x64(True):
-        follow_oracle("resnet", "sgd", 3, methods.fdg(0.5, policy), "float64", EXACT)
+        follow_oracle("resnet", "sgd", 3, methods.fdg(0.5, "current"), "float64", EXACT)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -76,10 +76,9 @@ def test_forward_first_is_algorithm_1_with_the_two_exchanged(policy):
         follow_oracle("normed", "sgd", 3, methods.fdg(0.5, policy, "forward_first"), "float64", EXACT)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_float32_stays_within_rounding(optimizer, policy):
-    follow_oracle("mlp", optimizer, 4, methods.fdg(0.5, policy), "float32", CLOSE)
+def test_float32_stays_within_rounding(policy):
+    follow_oracle("mlp", "sgd", 4, methods.fdg(0.5, policy), "float32", CLOSE)
 
 
 def test_the_oracle_tells_the_policies_apart():

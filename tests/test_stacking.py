@@ -7,6 +7,7 @@ from helpers import assert_trees_close, in_float64, make_pipeline, run, tiny_bat
 
 from fdg_jax import methods, models, optim
 from fdg_jax.engine.worker import Worker
+from fdg_jax.models.resnet_cifar import Head
 from fdg_jax.stacking import optimizer_allows
 
 SHAPE = (8, 8, 1)
@@ -23,11 +24,12 @@ def test_stacking_changes_no_value(policy):
     with jax.enable_x64(True):
         batches = [(images.astype("float64"), labels) for images, labels in tiny_batches(5, SHAPE)]
         for stack in (True, False):
-            network = in_float64(resnet(20, dtype="float64"))
-            pipe = make_pipeline(network, num_stages=2, stack=stack, method=methods.fdg(0.5, policy))
+            equal = resnet(20, dtype="float64")[:4]
+            network = in_float64([*equal, Head(2, 3, rngs=nnx.Rngs(0), dtype="float64")])
+            pipe = make_pipeline(network, cuts=(4,), stack=stack, method=methods.fdg(0.5, policy))
             state, _ = run(pipe, batches)
             ends.append((pipe.params(state), pipe.module_state(state)))
-            assert any(size > 1 for stage in pipe._started().plan.stages for size in stage.groups) == stack
+            assert pipe._started().plan.stages[0].groups == ((1, 3) if stack else (1, 1, 1, 1))
     assert_trees_close(*ends, 1e-9)
 
 
