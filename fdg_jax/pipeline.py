@@ -1,12 +1,14 @@
 """The library's front: a network cut into stages, a method and an engine, behind a few functions of a state."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -88,7 +90,7 @@ class Pipeline:
         """The state before the first batch.
 
         Args:
-            key: seeds dropout, and the parameters of layers that bring none.
+            key: of `jax.random`, of any implementation; seeds dropout, and the parameters of layers that bring none.
             example_inputs: inputs of a batch, or `jax.ShapeDtypeStruct`s; shapes and dtypes alone matter.
             params, module_state: to start from instead, as `params` and `module_state` of any pipeline of the same
                 layers give them; copied.
@@ -97,7 +99,7 @@ class Pipeline:
             ValueError, TypeError: a layer fails on what it is given, or returns something else than arrays; the policy
                 is "current" and a parameter cannot be refreshed.
         """
-        key_params, key_run = jax.random.split(key)
+        key_params, key_run = jax.random.split(_typed_key(key))
         own_params, own_state, shapes = init_layers(self.layers, key_params, _shapes(example_inputs))
         start_params = own_params if params is None else self._fitting("params", params, own_params)
         start_state = own_state if module_state is None else self._fitting("module_state", module_state, own_state)
@@ -166,14 +168,16 @@ class Pipeline:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ValueError(f"a batch is a pair (inputs, targets); got {type(batch).__name__}")
         self._check_batch(*batch)
-        return engine.step(state, *batch)
+        with _live(state):
+            return engine.step(state, *batch)
 
     def drain(self, state: State) -> tuple[State, list[Metrics]]:
         """Answers everything still in flight: the new state, and metrics of the batches that left the last stage.
 
         Training may go on afterwards; the pipeline then fills anew.
         """
-        return self._started().drain(state)
+        with _live(state):
+            return self._started().drain(state)
 
     def predict(self, state: State, inputs: PyTree) -> PyTree:
         """Outputs of the whole network in evaluation form, on the weights of the moment; disturbs nothing.
@@ -185,15 +189,18 @@ class Pipeline:
         engine, given, wanted = self._started(), _shapes(inputs), self._inputs
         if _without_batch(given) != _without_batch(wanted):
             raise ValueError(f"inputs are {describe(given)}; but for the batch size they must be {describe(wanted)}")
-        return engine.predict(state, inputs)
+        with _live(state):
+            return engine.predict(state, inputs)
 
     def params(self, state: State) -> list[PyTree]:
         """The parameters on the host, one tree a layer, whatever K and the cuts are. Waits for them."""
-        return self._per_layer([own.params for own in state.stages])
+        with _live(state):
+            return self._per_layer([own.params for own in state.stages])
 
     def module_state(self, state: State) -> list[PyTree]:
         """What modules keep beside parameters (BatchNorm's statistics), on the host, one tree a layer. Waits for it."""
-        return self._per_layer([own.state for own in state.stages])
+        with _live(state):
+            return self._per_layer([own.state for own in state.stages])
 
     def _per_layer(self, per_stage: list[list[PyTree]]) -> list[PyTree]:
         stages = self._started().plan.stages
@@ -207,7 +214,8 @@ class Pipeline:
         Waits for them: call it at the cadence of the log, not in every step.
         """
         own = state.stages[-1]
-        totals = {name: float(total) for name, total in jax.device_get(own.totals).items()}
+        with _live(state):
+            totals = {name: float(total) for name, total in jax.device_get(own.totals).items()}
         batches = totals.pop("batches", 0.0)
         zeros = {name: np.zeros((), np.float32) for name in own.totals}
         own = own._replace(totals=jax.device_put(zeros, own.batch.device))
@@ -244,6 +252,31 @@ class Pipeline:
         if self._engine is None:
             raise ValueError("the pipeline is not initialised: call state = pipe.init(key, example_inputs) first")
         return self._engine
+
+
+@contextmanager
+def _live(state: State) -> Iterator[None]:
+    """One clear line about a state that an earlier call overwrote in place, where JAX speaks of a deleted array."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.stages)):
+            raise
+        raise ValueError(
+            "this state was overwritten in place by an earlier step or drain: go on from the state that it returned"
+        ) from error
+
+
+def _typed_key(key: jax.Array) -> jax.Array:
+    """The key as `jax.random.key` makes it; `jax.random.PRNGKey` still makes raw ones."""
+    try:
+        key = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+        jax.random.split(key)
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(
+            f"key must be a single key of jax.random, such as jax.random.key(0); got {key!r:.60}"
+        ) from None
+    return key
 
 
 def _shapes(tree: PyTree) -> PyTree:

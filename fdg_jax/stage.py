@@ -164,7 +164,7 @@ def init_layers(layers: Sequence[Layer], key: jax.Array, inputs: PyTree) -> tupl
     for number, layer in enumerate(layers):
         try:
             p, s = layer.init(jax.random.fold_in(key, number), shapes[-1])
-            outputs, _ = jax.eval_shape(partial(_checked, layer, number), p, s, shapes[-1], jax.random.key(0))
+            outputs, _ = jax.eval_shape(partial(_checked, layer, number), p, s, shapes[-1], key)
         except _NotArrays as error:
             raise TypeError(str(error)) from None
         except Exception as error:

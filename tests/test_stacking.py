@@ -46,7 +46,7 @@ def test_memo_leaves_and_program_do_not_grow_with_depth(stack):
         images, labels = tiny_batches(1, SHAPE)[0]
         state = pipe.init(jax.random.key(0), images)
         own = state.stages[0]
-        worker = Worker(pipe._started().plan, 0, own.params, own.state, labels)
+        worker = Worker(pipe._started().plan, 0, own, labels)
         trace = worker.trace
         sizes.append((len(trace.saved) + len(trace.held), len(jax.tree.leaves(own)), num_equations(trace._jaxpr.jaxpr)))
     assert (sizes[0] == sizes[1]) == stack

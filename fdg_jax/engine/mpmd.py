@@ -45,7 +45,7 @@ class Mpmd:
             opt_state = jax.device_put(jax.jit(self.plan.optimizer.init)(own_params), device)
             stages.append(StageState(own_params, own_state, opt_state, own_key, batch, totals={}))
             if k < self.plan.last:  # the last stage is traced when the shapes of the targets are known
-                self.workers[k] = Worker(self.plan, k, own_params, own_state)
+                self.workers[k] = Worker(self.plan, k, stages[k])
         return State(fed=0, origin=0, stages=tuple(stages), inbox={}, outbox={}, memos={})
 
     def step(self, state: State, inputs: PyTree, targets: PyTree) -> tuple[State, Metrics | None]:
@@ -184,7 +184,7 @@ class _Walk:
         """The stage's state. The last stage is traced here, when its first batch arrives and the targets are known."""
         engine, own = self.engine, self.stages[k]
         if k not in engine.workers:
-            engine.workers[k] = Worker(engine.plan, k, own.params, own.state, arrivals[0].targets)
+            engine.workers[k] = Worker(engine.plan, k, own, arrivals[0].targets)
         if k == self.last and not own.totals:
             zeros = {name: np.zeros(()) for name in engine.workers[k].total_names}
             own = own._replace(totals=jax.device_put(zeros, engine.devices[k]))

@@ -44,14 +44,14 @@ class Worker:
     Args:
         plan: of the run.
         k: the stage.
-        params, state: of the stage, as arrays or shapes.
-        targets: shapes of the targets; only the last stage reads them.
+        own: the stage's state; its values do not matter.
+        targets: arrays or shapes; only the last stage reads them.
 
     Raises:
         ValueError: the policy is *current* and a parameter cannot be refreshed, or the loss function gives no scalar.
     """
 
-    def __init__(self, plan: Plan, k: int, params: list, state: list, targets: PyTree = None):
+    def __init__(self, plan: Plan, k: int, own: StageState, targets: PyTree = None):
         self._plan, self._k, self._stage = plan, k, plan.stages[k]
         self._is_last = k == plan.last
         policy, stale = plan.method.policy, staleness(plan.schedule)[k] > 0
@@ -59,18 +59,18 @@ class Worker:
         self.todays_weights = policy != "stash" or not stale
         self.trace = Trace(
             self._train,
-            params,
+            own.params,
             plan.shapes[k],
-            state,
-            jax.random.key(0),
-            jax.ShapeDtypeStruct((), jnp.uint32),
+            own.state,
+            own.key,
+            own.batch,
             targets,
             remat=policy == "recompute" and delay(plan.schedule)[k] > 0,
             todays_weights=self.todays_weights,
             differentiate_inputs=k > 0,
         )
         if policy == "current" and stale:
-            self._refuse_hidden(params)
+            self._refuse_hidden(own.params)
 
     def _train(self, params, inputs, state, key, batch, targets):
         outputs, state = self._stage.apply(params, state, inputs, jax.random.fold_in(key, batch), train=True)
