@@ -167,9 +167,10 @@ class Trace:
         Such a copy depends on parameters and not on the stage's input, and so would be a stale weight under *current*.
         """
         jaxpr = self._jaxpr.jaxpr
-        first_saved = len(jaxpr.outvars) - len(self.saved)
+        saved = range(len(jaxpr.outvars) - len(self.saved), len(jaxpr.outvars))
+        outputs = [source.leaf for source in self.held if source.tree == "outputs"]
         hidden: set[int] = set()
-        for out in range(first_saved, len(jaxpr.outvars)):
+        for out in (*outputs, *saved):
             _, used = partial_eval.dce_jaxpr(jaxpr, [i == out for i in range(len(jaxpr.outvars))])
             if not any(used[self._num_params : self._num_params + self._num_inputs]):
                 hidden.update(i for i in range(self._num_params) if used[i])

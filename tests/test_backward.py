@@ -151,6 +151,20 @@ def test_weights_hidden_in_copies_are_found(module, x, expected):
     assert hidden(module, x) == expected
 
 
+def test_weights_hidden_in_an_output_are_found():
+    def also_returns_its_cast(params, x, state):
+        cast = params["w"].astype(jnp.bfloat16)
+        return (x @ cast.astype(x.dtype), cast), state
+
+    def returns_what_it_used(params, x, state):
+        y = jnp.tanh(x @ params["w"])
+        return (y, y * y), state
+
+    params = {"w": jnp.ones((2, 2))}
+    assert trace(also_returns_its_cast, params).hidden_params() == [0]
+    assert trace(returns_what_it_used, params).hidden_params() == []
+
+
 def test_weights_hidden_inside_a_scan_are_found():
     def cast_in_a_loop(params, x, state):
         step = lambda x, w: (jnp.tanh(x @ w.astype(jnp.bfloat16).astype(jnp.float32)), None)  # noqa: E731
