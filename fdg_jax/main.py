@@ -9,12 +9,13 @@ configuration is wrong, 130 or 143 stopped by a signal.
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
 from fdg_jax.config import CONFIG_KEYS, ConfigError, resolve
@@ -44,6 +45,8 @@ def main(argv: Sequence[str]) -> int:
             raise ConfigError(f"unexpected argument {argv[1]!r}; flags begin with --config. or --workdir")
         settings = resolve(_given_config())
         make_devices(settings.num_stages)
+        if _WORKDIR.value == "":
+            raise ConfigError("--workdir is empty; name a folder, or leave it out for one under runs/")
         workdir = Path(_WORKDIR.value) if _WORKDIR.value else _free_workdir(Path("runs") / _experiment_name())
         result = train_and_evaluate(settings, workdir, console)
     except ConfigError as error:
@@ -66,10 +69,11 @@ def make_devices(num_stages: int) -> None:
     """Lets the CPU appear as one device a stage, where nobody has said how many. Must come before JAX starts.
 
     Accelerators are not touched: JAX prefers them where it finds them. Exactly as many, since idle CPU devices spin.
+    A number far beyond any network is refused later, and must not exhaust the machine before.
     """
     said = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not said:
-        jax.config.update("jax_num_cpu_devices", num_stages)
+        jax.config.update("jax_num_cpu_devices", min(num_stages, 1024))
 
 
 def _given_config():
@@ -77,14 +81,22 @@ def _given_config():
         raise ConfigError("--config is missing; try --config experiments/digits.py")
     try:
         config = _CONFIG.value
-        config.to_dict()
-    except (FileNotFoundError, AttributeError, OSError) as error:
-        raise ConfigError(f"cannot read --config={config_flags.get_config_filename(flags.FLAGS['config'])}") from error
+        config.keys()
+    except (OSError, AttributeError) as error:  # ml_collections puts an OSError off until the config is used
+        if not Path(_config_file()).is_file():
+            raise ConfigError(f"there is no file --config={_config_file()}; try experiments/digits.py") from None
+        raise ConfigError(f"--config={_config_file()} fails: {error.__cause__ or error}") from None
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"get_config() of --config={_config_file()} must return a ConfigDict, like default_config()")
     return config
 
 
+def _config_file() -> str:
+    return config_flags.get_config_filename(flags.FLAGS["config"])
+
+
 def _experiment_name() -> str:
-    return Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    return Path(_config_file()).stem
 
 
 def _free_workdir(base: Path) -> Path:
@@ -106,8 +118,24 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         for key in re.findall(r"^--?config\.([\w.]+)", "\n".join(argv), re.MULTILINE):
             check_name("config key", key, CONFIG_KEYS)
         return flags.FLAGS(list(argv))
-    except (flags.Error, ValueError) as error:
-        raise SystemExit(_complain(error, 2)) from None
+    except Exception as error:  # the config file is Python, and may raise anything
+        raise SystemExit(_complain(_fault_of_config_file(error) or _first_line(error), 2)) from None
+
+
+def _fault_of_config_file(error: BaseException | None) -> str | None:
+    """What went wrong in the config file, and where; None where the fault is not in it."""
+    while error is not None:
+        frames = traceback.walk_tb(error.__traceback__)
+        lines = [(f.f_code.co_filename, n) for f, n in frames if f.f_globals.get("__name__") == "config_config"]
+        if lines or isinstance(error, SyntaxError):
+            place = " ({}, line {})".format(*lines[-1]) if lines else ""  # a SyntaxError tells its place itself
+            return f"the config file fails: {type(error).__name__}: {_first_line(error)}{place}"
+        error = error.__context__
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ def fdg(beta: float = 1.0, policy: str = "stash", order: str = "update_first") -
     Raises:
         ValueError: a value outside these.
     """
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta must lie in (0, 1], or be 0 to freeze every stage but the last for study; got {beta}")
+    if not hasattr(beta, "__float__") or not 0 <= beta <= 1:
+        raise ValueError(f"beta must lie in (0, 1], or be 0 to freeze every stage but the last for study; got {beta!r}")
     check_name("policy", policy, POLICIES)
     check_name("order", order, ORDERS)
     return Method("fdg", partial(schedules.fdg, order=order), policy, float(beta))

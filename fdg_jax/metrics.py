@@ -15,7 +15,16 @@ PyTree = Any
 
 
 def softmax_cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean cross entropy in nats and accuracy, in float32 or better: logits (N, C), targets (N,) integers in 0..C-1."""
+    """Mean cross entropy in nats and accuracy, in float32 or better: logits (N, C), targets (N,) integers in 0..C-1.
+
+    Raises:
+        ValueError: the shapes or dtypes are others.
+    """
+    if logits.ndim != 2 or targets.shape != logits.shape[:1] or not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise ValueError(
+            "softmax_cross_entropy wants logits (N, C) and targets (N,) of whole numbers; got "
+            f"{logits.dtype}{list(logits.shape)} and {targets.dtype}{list(targets.shape)}"
+        )
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     loss = jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
@@ -31,15 +40,20 @@ def call_loss(loss: Callable, outputs: PyTree, targets: PyTree) -> tuple[jax.Arr
     result = loss(outputs, targets)
     value, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
     if not isinstance(metrics, Mapping):
-        raise ValueError(f"the loss function must give a dict of metrics beside the loss; it gives {metrics!r:.60}")
-    reported = {"loss": value, **metrics}
-    for name, scalar in reported.items():
-        if not isinstance(scalar, jax.Array | np.ndarray | np.generic) or scalar.shape != ():
-            given = f"{scalar.dtype}{list(scalar.shape)}" if hasattr(scalar, "shape") else f"{scalar!r:.60}"
-            raise ValueError(f"the {name} must be a scalar; the loss function gives {given}: average over the batch")
+        kind = type(metrics).__name__
+        raise ValueError(f"the loss function must give a dict of metrics beside the loss; it gives a {kind}")
+    taken = sorted({"loss", "batches", "count"} & set(metrics))
+    if taken:
+        raise ValueError(f"the metric {taken[0]!r} would hide the pipeline's own: give it another name")
+    for name, scalar in {"the loss": value, **{f"the metric {name!r}": m for name, m in metrics.items()}}.items():
+        if not isinstance(scalar, jax.Array | np.ndarray | np.generic):
+            raise ValueError(f"{name} must be a scalar array; the loss function gives a {type(scalar).__name__}")
+        if scalar.shape != ():
+            given = f"{scalar.dtype}{list(scalar.shape)}"
+            raise ValueError(f"{name} must be a scalar; the loss function gives {given}: average over the batch")
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(f"the loss must be a floating point number; the loss function gives {value.dtype}")
-    return value, reported
+    return value, {"loss": value, **metrics}
 
 
 @partial(jax.jit, static_argnames="loss")

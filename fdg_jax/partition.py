@@ -5,6 +5,7 @@ A *cut* is the number of the first layer of a stage: K - 1 increasing cuts make 
 
 from collections.abc import Sequence
 from itertools import accumulate
+from operator import index
 from typing import TypeVar
 
 from fdg_jax.names import check_name
@@ -28,6 +29,8 @@ def resolve_cuts(
         ValueError: the two disagree or do not fit the layers.
     """
     num_layers = len(num_params)
+    if num_stages is not None and not hasattr(num_stages, "__index__"):
+        raise TypeError(f"num_stages must be a whole number; got {num_stages!r}")
     if isinstance(cuts, str):
         check_name("kind of cuts", cuts, SPLITS)
         if num_stages is None:
@@ -54,9 +57,12 @@ def check_cuts(cuts: Sequence[int], num_layers: int) -> tuple[int, ...]:
     Raises:
         ValueError: they do not increase, or fall outside 1 .. num_layers - 1.
     """
-    cuts = tuple(cuts)
-    if any(isinstance(cut, bool) or not isinstance(cut, int) for cut in cuts):
-        raise ValueError(f"cuts must be whole numbers (the first layer of each stage but the first); got {cuts}")
+    try:
+        cuts = tuple(index(cut) for cut in cuts)
+    except TypeError:
+        raise ValueError(
+            f"cuts must be whole numbers in a list, the first layer of each stage but the first; got {cuts!r:.60}"
+        ) from None
     outside = [cut for cut in cuts if not 0 < cut < num_layers]
     if outside:
         raise ValueError(f"cuts must lie in 1..{num_layers - 1} for {num_layers} layers; got {cuts}")

@@ -1,18 +1,25 @@
 """The library's front: a network cut into stages, a method and an engine, behind a few functions of a state."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from fdg_jax import schedule as schedules
+from fdg_jax.checks import (
+    array_shapes,
+    batch_shapes,
+    batched_shapes,
+    check_ingredients,
+    typed_key,
+    using,
+    without_batch,
+)
 from fdg_jax.engine.base import Engine, Loss, Metrics, Plan, PyTree, State
 from fdg_jax.engine.mpmd import Mpmd
 from fdg_jax.methods import Method
@@ -61,11 +68,8 @@ class Pipeline:
         stack: bool = True,
     ):
         check_name("engine", engine, ENGINES)
+        check_ingredients(layers, loss, optimizer, method, devices)
         self.layers = as_layers(layers)
-        if not self.layers:
-            raise ValueError("a pipeline needs at least one layer; layers is empty")
-        if devices is not None and not len(devices):
-            raise ValueError("devices is empty; leave it out for all that JAX finds")
         self.cuts = resolve_cuts(cuts, num_stages, [layer.num_params for layer in self.layers])
         self.num_stages = len(self.cuts) + 1
         self.schedule = method.schedule(self.num_stages)
@@ -99,8 +103,9 @@ class Pipeline:
             ValueError, TypeError: a layer fails on what it is given, or returns something else than arrays; the policy
                 is "current" and a parameter cannot be refreshed.
         """
-        key_params, key_run = jax.random.split(_typed_key(key))
-        own_params, own_state, shapes = init_layers(self.layers, key_params, _shapes(example_inputs))
+        shapes_in = batched_shapes("example_inputs", example_inputs)
+        key_params, key_run = jax.random.split(typed_key(key))
+        own_params, own_state, shapes = init_layers(self.layers, key_params, shapes_in)
         start_params = own_params if params is None else self._fitting("params", params, own_params)
         start_state = own_state if module_state is None else self._fitting("module_state", module_state, own_state)
         plan = Plan(
@@ -122,7 +127,7 @@ class Pipeline:
         if len(given) != len(own):
             raise ValueError(f"{name} has {len(given)} entries, the network {len(own)} layers")
         for number, (layer, a, b) in enumerate(zip(self.layers, given, own, strict=True)):
-            if _shapes(a) != _shapes(b):
+            if array_shapes(name, a) != array_shapes(name, b):
                 raise ValueError(
                     f"{name} of layer {number} ({layer.name}) do not fit: {describe(a)} given, {describe(b)} wanted"
                 )
@@ -144,8 +149,9 @@ class Pipeline:
                 for i, j in pairwise(self._bounds)
             ]
         )
-        runs = [run for stage in stages for run in stage.runs]
-        if runs and not optimizer_allows(self.optimizer, params[runs[0] : runs[0] + 2]):
+        pairs = [params[run : run + 2] for stage in stages for run in stage.runs]
+        distinct = {(jax.tree.structure(pair), describe(pair)): pair for pair in pairs}
+        if distinct and not optimizer_allows(self.optimizer, list(distinct.values())):
             log.info("the optimizer tells stacked parameters from single ones: equal layers stay unstacked")
             return single
         return stages
@@ -156,6 +162,7 @@ class Pipeline:
         Args:
             state: no longer usable afterwards; what is overwritten in place is deleted.
             batch: (inputs, targets), arrays or pytrees of arrays of equal length; every batch of the first one's shape.
+                NumPy arrays are copied; a JAX array is read as it is until the batch is answered.
 
         Returns:
             The new state, and the metrics of the batch that left the last stage, () float32 arrays on its device:
@@ -165,18 +172,18 @@ class Pipeline:
             ValueError: the batch does not fit, or the loss is not a scalar.
         """
         engine = self._started()
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise ValueError(f"a batch is a pair (inputs, targets); got {type(batch).__name__}")
-        self._check_batch(*batch)
-        with _live(state):
-            return engine.step(state, *batch)
+        _, targets = batch_shapes(batch, self._inputs, self._targets)
+        with using(state, self.num_stages):
+            result = engine.step(state, *batch)
+        self._targets = targets
+        return result
 
     def drain(self, state: State) -> tuple[State, list[Metrics]]:
         """Answers everything still in flight: the new state, and metrics of the batches that left the last stage.
 
         Training may go on afterwards; the pipeline then fills anew.
         """
-        with _live(state):
+        with using(state, self.num_stages):
             return self._started().drain(state)
 
     def predict(self, state: State, inputs: PyTree) -> PyTree:
@@ -186,20 +193,20 @@ class Pipeline:
             state: at any moment, in flight or drained.
             inputs: of any batch size; each new one compiles.
         """
-        engine, given, wanted = self._started(), _shapes(inputs), self._inputs
-        if _without_batch(given) != _without_batch(wanted):
+        engine, given, wanted = self._started(), batched_shapes("inputs", inputs), self._inputs
+        if without_batch(given) != without_batch(wanted):
             raise ValueError(f"inputs are {describe(given)}; but for the batch size they must be {describe(wanted)}")
-        with _live(state):
+        with using(state, self.num_stages):
             return engine.predict(state, inputs)
 
     def params(self, state: State) -> list[PyTree]:
         """The parameters on the host, one tree a layer, whatever K and the cuts are. Waits for them."""
-        with _live(state):
+        with using(state, self.num_stages):
             return self._per_layer([own.params for own in state.stages])
 
     def module_state(self, state: State) -> list[PyTree]:
         """What modules keep beside parameters (BatchNorm's statistics), on the host, one tree a layer. Waits for it."""
-        with _live(state):
+        with using(state, self.num_stages):
             return self._per_layer([own.state for own in state.stages])
 
     def _per_layer(self, per_stage: list[list[PyTree]]) -> list[PyTree]:
@@ -214,7 +221,7 @@ class Pipeline:
         Waits for them: call it at the cadence of the log, not in every step.
         """
         own = state.stages[-1]
-        with _live(state):
+        with using(state, self.num_stages):
             totals = {name: float(total) for name, total in jax.device_get(own.totals).items()}
         batches = totals.pop("batches", 0.0)
         zeros = {name: np.zeros((), np.float32) for name in own.totals}
@@ -231,64 +238,7 @@ class Pipeline:
             self.method, self.schedule, self.layers, self._bounds, self.devices, self._forecasts or None, ticks
         )
 
-    def _check_batch(self, inputs: PyTree, targets: PyTree) -> None:
-        shapes = _shapes(inputs), _shapes(targets)
-        if shapes == (self._inputs, self._targets):
-            return
-        leaves = jax.tree.leaves(shapes)
-        if not all(leaf.shape for leaf in leaves):
-            raise ValueError("a batch must hold arrays of a leading batch dimension; make arrays of lists of numbers")
-        if len({leaf.shape[0] for leaf in leaves}) != 1:
-            raise ValueError(f"inputs {describe(shapes[0])} and targets {describe(shapes[1])} must be of equal length")
-        for name, given, first in zip(("inputs", "targets"), shapes, (self._inputs, self._targets), strict=True):
-            if first is not None and given != first:
-                raise ValueError(
-                    f"the batch's {name} are {describe(given)}; every batch must be like the first, {describe(first)}: "
-                    "drop or pad an incomplete last batch"
-                )
-        self._targets = shapes[1]
-
     def _started(self) -> Engine:
         if self._engine is None:
             raise ValueError("the pipeline is not initialised: call state = pipe.init(key, example_inputs) first")
         return self._engine
-
-
-@contextmanager
-def _live(state: State) -> Iterator[None]:
-    """One clear line about a state that an earlier call overwrote in place, where JAX speaks of a deleted array."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.stages)):
-            raise
-        raise ValueError(
-            "this state was overwritten in place by an earlier step or drain: go on from the state that it returned"
-        ) from error
-
-
-def _typed_key(key: jax.Array) -> jax.Array:
-    """The key as `jax.random.key` makes it; `jax.random.PRNGKey` still makes raw ones."""
-    try:
-        key = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
-        jax.random.split(key)
-    except (AttributeError, TypeError, ValueError):
-        raise ValueError(
-            f"key must be a single key of jax.random, such as jax.random.key(0); got {key!r:.60}"
-        ) from None
-    return key
-
-
-def _shapes(tree: PyTree) -> PyTree:
-    """Shapes and dtypes as JAX will see them; the leaves must be arrays."""
-
-    def shape(leaf):
-        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            raise TypeError(f"a batch must hold arrays; got {leaf!r:.40} of type {type(leaf).__name__}")
-        return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
-
-    return jax.tree.map(shape, tree)
-
-
-def _without_batch(shapes: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: (leaf.shape[1:], leaf.dtype), shapes)

@@ -44,15 +44,20 @@ class Layer:
 def as_layers(objects: Sequence[Any]) -> tuple[Layer, ...]:
     """Layers from Flax NNX modules, Linen modules and callables, in any mixture.
 
+    Modules are switched as Flax does it: NNX modules by their `train()` and `eval()`, Linen modules by the argument of
+    their `__call__` that is called train, training, is_training, deterministic or use_running_average. What a callable
+    closes over is a constant to it. A Linen module listed twice is two layers, each with parameters of its own.
+
     Raises:
-        TypeError: an object is none of these.
+        TypeError: an object is none of these, or a module in a callable's dress, whose parameters nobody would train.
         ValueError: two layers share an NNX variable, which the split would silently untie.
     """
     layers = []
     owner: dict[int, int] = {}
     for number, thing in enumerate(objects):
         if isinstance(thing, nnx.Module):
-            for variable in jax.tree.leaves(nnx.state(thing), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)):
+            state = nnx.state(thing, nnx.Not(nnx.RngState))  # random streams may be shared: every layer reseeds its own
+            for variable in jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)):
                 first = owner.setdefault(id(variable), number)
                 if first != number:
                     raise ValueError(
@@ -62,18 +67,33 @@ def as_layers(objects: Sequence[Any]) -> tuple[Layer, ...]:
             layers.append(_from_nnx(thing))
         elif isinstance(thing, flax.linen.Module):
             layers.append(_from_linen(thing))
+        elif isinstance(_unwrapped(thing), nnx.Module | flax.linen.Module):
+            raise TypeError(
+                f"layer {number} is a {type(thing).__name__} of a {type(_unwrapped(thing)).__name__}, "
+                "whose parameters would not train: give the module itself"
+            )
         elif callable(thing) and not isinstance(thing, type):
             layers.append(_from_callable(thing))
         else:
+            cure = f": call {thing.__name__} to make one" if isinstance(thing, type) else ""
             raise TypeError(
-                f"layer {number} is {thing!r}; a layer must be a Flax NNX module, a Linen module or a callable"
+                f"layer {number} is {thing!r:.60}; "
+                f"a layer must be a Flax NNX module, a Linen module or a callable{cure}"
             )
     return tuple(layers)
+
+
+def _unwrapped(function: Any) -> Any:
+    """The function in a `partial`, the object of a bound method."""
+    while isinstance(function, partial):
+        function = function.func
+    return getattr(function, "__self__", function)
 
 
 def _from_nnx(module: nnx.Module) -> Layer:
     def split(module):
         """Graph definition, parameters, random streams and other state, the latter three as plain dicts."""
+        nnx.pop(module, nnx.Intermediate)  # what a forward sowed is for its caller to look at, not state
         graph, *states = nnx.split(module, nnx.Param, nnx.RngState, ...)
         return graph, *map(nnx.to_pure_dict, states)
 
@@ -109,7 +129,7 @@ def _seed(rng: PyTree, key: jax.Array) -> PyTree:
 
 def _from_linen(module: flax.linen.Module) -> Layer:
     accepted = inspect.signature(type(module).__call__).parameters
-    modes = {"train": True, "training": True, "deterministic": False, "use_running_average": False}
+    modes = {"train": True, "training": True, "is_training": True, "deterministic": False, "use_running_average": False}
 
     def mode(train):
         return {name: training == train for name, training in modes.items() if name in accepted}
@@ -117,6 +137,10 @@ def _from_linen(module: flax.linen.Module) -> Layer:
     def init(key, inputs):
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), inputs)
         variables = dict(jax.jit(partial(module.init, **mode(True)))(key, zeros))
+        if "batch_stats" in variables and not mode(True):
+            raise ValueError(
+                f"its __call__ has no argument to switch its statistics by; give it one of {', '.join(modes)}"
+            )
         return variables.pop("params", {}), variables
 
     def apply(params, state, inputs, key, train):
@@ -164,7 +188,9 @@ def init_layers(layers: Sequence[Layer], key: jax.Array, inputs: PyTree) -> tupl
     for number, layer in enumerate(layers):
         try:
             p, s = layer.init(jax.random.fold_in(key, number), shapes[-1])
-            outputs, _ = jax.eval_shape(partial(_checked, layer, number), p, s, shapes[-1], key)
+            outputs, state = jax.eval_shape(partial(_checked, layer, number), p, s, shapes[-1], key)
+            if _shapes(state) != _shapes(s):
+                raise ValueError(f"its state changes from {describe(s)} to {describe(state)} in a forward")
         except _NotArrays as error:
             raise TypeError(str(error)) from None
         except Exception as error:

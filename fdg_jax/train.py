@@ -135,7 +135,7 @@ def _make_workdir(workdir: Path, settings: Settings) -> None:
             raise ConfigError(f"{workdir} holds a run already, and nothing is overwritten: choose another --workdir")
         (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
     except OSError as error:
-        raise ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+        raise ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}; choose another") from error
 
 
 def _announce(settings: Settings, pipe: Pipeline, source: ArraySource, workdir: Path, console: Console) -> None:
@@ -145,7 +145,7 @@ def _announce(settings: Settings, pipe: Pipeline, source: ArraySource, workdir: 
     lines = [
         f"{source.name}: {len(source.train_images):,} training and {len(source.test_images):,} test images of {shape}, "
         f"{source.num_classes} classes",
-        f"{settings.epochs} epochs of {steps} batches of {settings.batch_size}"
+        f"{settings.epochs} epoch{'s' if settings.epochs > 1 else ''} of {steps} batches of {settings.batch_size}"
         + (f"; {dropped} images left over are dropped, others in every epoch" if dropped else ""),
         f"{settings.model.name} of depth {settings.model.depth} and width {settings.model.width}, {settings.dtype}; "
         f"{settings.optim.name}, learning rate {settings.optim.learning_rate:g} ({settings.optim.schedule})",
@@ -236,6 +236,11 @@ class _Run:
         self.seconds = time.perf_counter() - self.started
         self.writer.write(step, step / self.per_epoch, self.seconds, values)
         self.display.report(step, step / self.per_epoch, values)
+        if not math.isfinite(self.metrics.get("test/loss", 0.0)):
+            raise RunFailed(
+                f"the test loss after step {step} is {self.metrics['test/loss']}; the metrics are kept; try a smaller "
+                "config.optim.learning_rate or some warm-up"
+            )
         self.last_log, self.last_log_at = step, time.perf_counter()
         return state
 

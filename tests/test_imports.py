@@ -13,7 +13,7 @@ ROWS = [
     ["models", "data", "stage"],
     ["engine.base"],
     ["engine.worker"],
-    ["engine.mpmd", "overview"],
+    ["engine.mpmd", "overview", "checks"],
     ["pipeline"],
     ["checkpoint", "config", "console"],
     ["train"],

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from fdg_jax import main as cli
+
+START = "from fdg_jax.config import default_config\ndef get_config():\n  c = default_config()\n"
 ROOT = Path(__file__).parents[1]
 DIGITS = ("--config", "experiments/digits.py")
 QUICK = ("--config.model.name=mlp", "--config.model.depth=2", "--config.epochs=1")
@@ -52,6 +55,9 @@ def outcomes(tmp_path_factory):
         "value": (*DIGITS, "--config.batch_size=many"),
         "beta": (*DIGITS, "--config.method.beta=2"),
         "stages": (*DIGITS, "--config.num_stages=9"),
+        "group": (*DIGITS, "--config.method=bp"),
+        "huge": (*DIGITS, "--config.num_stages=100000"),
+        "empty": (*DIGITS, "--workdir="),
         "missing": ("--config=experiments/nothing.py",),
         "none": (),
         "extra": (*DIGITS, "surplus"),
@@ -83,11 +89,14 @@ def test_overrides_act_and_stages_get_devices_of_their_own(outcomes):
     ("name", "status", "message"),
     [
         ("nan", 1, "it stopped being finite between steps 1 and 22 (ticks 0 to 21)"),
+        ("group", 2, "unknown config key 'method'; did you mean 'method.name'"),
+        ("huge", 2, "num_stages must lie in 1..5, for every stage needs one of the 5 layers; got 100000"),
+        ("empty", 2, "--workdir is empty; name a folder"),
         ("typo", 2, "unknown config key 'method.bta'; did you mean 'method.beta'"),
         ("value", 2, "--config.batch_size=many"),
         ("beta", 2, "beta must lie in (0, 1]"),
         ("stages", 2, "num_stages must lie in 1..5, for every stage needs one of the 5 layers; got 9"),
-        ("missing", 2, "cannot read --config=experiments/nothing.py"),
+        ("missing", 2, "there is no file --config=experiments/nothing.py; try experiments/digits.py"),
         ("none", 2, "--config is missing; try --config experiments/digits.py"),
         ("extra", 2, "unexpected argument 'surplus'"),
     ],
@@ -97,6 +106,35 @@ def test_what_is_wrong_is_said_in_one_line(outcomes, name, status, message):
     assert actual == status
     assert message in stderr
     assert stderr.count("\n") == 1, stderr
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' business
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:", "the config file fails: SyntaxError: invalid syntax (config.py, line 1)"),
+        ("import nothere", "the config file fails: ModuleNotFoundError: No module named 'nothere' ({path}, line 1)"),
+        ("x = 1", "has no attribute 'get_config'"),
+        ("def get_config():\n  return 1 / 0", "fails: ZeroDivisionError: division by zero ({path}, line 2)"),
+        ("def get_config():\n  raise ValueError('so')", "fails: ValueError: so ({path}, line 2)"),
+        (f"{START}  c.epochs = 'many'\n  return c", "the config file fails: "),
+        (f"{START}  c.epoch = 3\n  return c", "unknown config key 'epoch'; did you mean 'epochs'?"),
+        ("def get_config():\n  return dict(a=1)", "must return a ConfigDict, like default_config()"),
+        ("def get_config():\n  return open('gone')", "--config={path} fails: "),
+    ],
+)
+def test_what_is_wrong_in_a_config_file_is_said_in_one_line(text, message, tmp_path, capsys):
+    path = tmp_path / "config.py"
+    path.write_text(text)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            sys.exit(cli.main(cli.parse_flags(["fdg_jax", f"--config={path}"])))
+    finally:
+        cli.flags.FLAGS.unparse_flags()
+    stderr = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert message.format(path=path) in stderr
+    assert stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

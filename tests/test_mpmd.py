@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from helpers import assert_trees_close, host, make_pipeline, run, tiny_batches, tiny_mlp
 
 from fdg_jax import methods
@@ -202,6 +203,18 @@ def test_the_callers_buffers_are_left_alone():
     on_device = [jax.device_put(batch, jax.devices()[0]) for batch in tiny_batches()]
     assert run(pipe, on_device)[1] == clean
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(on_device))
+
+
+def test_a_stage_may_send_whole_numbers_alone():
+    """Tokens prepared before an embedding: no error gradient flows back through the cut, and nothing waits for it."""
+    ids = np.random.default_rng(0).integers(0, 10, (4, 6)).astype(np.int32)
+    embed = nnx.Embed(10, 5, rngs=nnx.Rngs(0))
+    network = [lambda x: (x + 1) % 10, embed, lambda x: x.mean(1), nnx.Linear(5, 3, rngs=nnx.Rngs(1))]
+    batches = [(ids, labels) for _, labels in tiny_batches(5)]
+    cut = run(make_pipeline(network, cuts=(1, 3), method=methods.fdg(1.0)), batches)[1]
+    ends = run(make_pipeline(network, cuts=(3,), method=methods.fdg(1.0)), batches)[1]
+    assert cut == pytest.approx(ends, rel=1e-6)
+    assert cut[-1] < cut[0]
 
 
 def test_optimizer_states_count_each_stages_own_updates():

@@ -36,8 +36,9 @@ def test_an_even_split_of_layers_is_even(num_layers, data):
         ((0, 4), r"cuts must lie in 1..9 for 10 layers; got \(0, 4\)"),
         ((4, 10), r"cuts must lie in 1..9 for 10 layers; got \(4, 10\)"),
         ((-1,), "must lie in 1..9"),
-        ((4.0,), "must be whole numbers"),
-        ((True,), "must be whole numbers"),
+        ((4.0,), r"must be whole numbers in a list, .*; got \(4.0,\)"),
+        (4, "must be whole numbers in a list, .*; got 4"),
+        (None, "must be whole numbers in a list, .*; got None"),
     ],
 )
 def test_wrong_cuts_are_refused(cuts, message):

@@ -360,11 +360,23 @@ def expect_line(error, message):
         ({"engine": "mpdm"}, "unknown engine 'mpdm'; did you mean 'mpmd'"),
         ({"layers": []}, "a pipeline needs at least one layer"),
         ({"devices": []}, "devices is empty"),
+        ({"devices": "cpu"}, r"devices must be a list of JAX devices, such as jax.devices\(\); got 'cpu'"),
+        (
+            {"layers": nnx.Linear(6, 3, rngs=nnx.Rngs(0))},
+            "layers must be a list of modules and callables; got one Linear",
+        ),
+        ({"loss": "softmax"}, r"loss must be a function \(outputs, targets\) -> scalar; got 'softmax'"),
+        (
+            {"optimizer": optax.sgd},
+            r"optimizer must be an optax transformation, such as optax.sgd\(0.1\); got <function",
+        ),
+        ({"method": "fdg"}, r"method must come from fdg_jax.methods, such as methods.fdg\(beta=0.5\); got 'fdg'"),
+        ({"num_stages": "2"}, "num_stages must be a whole number; got '2'"),
     ],
 )
 def test_wrong_arguments_are_refused(kwargs, message):
     network = kwargs.pop("layers", None)
-    with expect_line(ValueError, message) as caught:
+    with expect_line((ValueError, TypeError), message) as caught:
         make_pipeline(network, **kwargs)
     assert "\n" not in str(caught.value)
 
@@ -375,6 +387,7 @@ def test_wrong_arguments_are_refused(kwargs, message):
         (lambda: methods.fdg(beta=1.5), r"beta must lie in \(0, 1\], or be 0 .*; got 1.5"),
         (lambda: methods.fdg(beta=-0.1), "beta must lie in"),
         (lambda: methods.fdg(beta=float("nan")), "beta must lie in"),
+        (lambda: methods.fdg("stash"), "beta must lie in .*; got 'stash'"),
         (lambda: methods.fdg(policy="stahs"), "unknown policy 'stahs'; did you mean 'stash'"),
         (lambda: methods.fdg(order="forward"), "unknown order 'forward'; did you mean 'forward_first'"),
     ],
@@ -398,8 +411,13 @@ INPUTS, TARGETS = tiny_batches(1)[0]
         ),
         ((INPUTS.astype(int), TARGETS), ValueError, r"inputs are int32\[4,6\]; every batch must be like the first"),
         ((INPUTS, TARGETS.astype(float)), ValueError, r"targets are float32\[4\]; every batch must be like the first"),
-        ((INPUTS, list(TARGETS)), ValueError, "a batch must hold arrays of a leading batch dimension"),
-        ((INPUTS, "labels"), TypeError, "a batch must hold arrays; got 'labels' of type str"),
+        (
+            (INPUTS, list(TARGETS)),
+            ValueError,
+            r"the batch's targets must have a batch dimension in front, .* int32\[\]",
+        ),
+        ((INPUTS, TARGETS.tolist()), TypeError, "the batch's targets must be arrays, .*; got a int: np.asarray makes"),
+        ((INPUTS[:0], TARGETS[:0]), ValueError, r"inputs must have a batch dimension in front, of one or more; got .*"),
         ((INPUTS,), ValueError, r"a batch is a pair \(inputs, targets\)"),
     ],
 )
@@ -413,6 +431,26 @@ def test_wrong_batches_are_refused(batch, error, message):
     pipe.step(state, (INPUTS, TARGETS))  # nothing was lost
 
 
+@pytest.mark.parametrize("targets", [TARGETS.astype(float), np.eye(4)[TARGETS], TARGETS[:, None]], ids=np.shape)
+def test_targets_that_do_not_suit_the_loss_are_refused_at_once_and_forgotten(targets):
+    pipe = make_pipeline(num_stages=3)
+    state = pipe.init(KEY, INPUTS)
+    with expect_line(
+        ValueError, r"softmax_cross_entropy wants logits \(N, C\) and targets \(N,\) of whole numbers; got"
+    ):
+        pipe.step(state, (INPUTS, targets))
+    pipe.step(state, (INPUTS, TARGETS))
+
+
+def test_what_is_no_state_of_this_pipeline_is_refused():
+    pipe = make_pipeline(num_stages=2)
+    state = pipe.init(KEY, INPUTS)
+    with expect_line(TypeError, r"state must be what init or step returned \(state, metrics = .*; got tuple"):
+        pipe.step(pipe.step(state, (INPUTS, TARGETS)), (INPUTS, TARGETS))
+    with expect_line(ValueError, "the state has 3 stages, the pipeline 2: it is another's"):
+        pipe.step(make_pipeline(num_stages=3).init(KEY, INPUTS), (INPUTS, TARGETS))
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
@@ -420,10 +458,17 @@ def test_wrong_batches_are_refused(batch, error, message):
             lambda y, t: y[:, 0],
             r"the loss must be a scalar; the loss function gives float32\[4\]: average over the batch",
         ),
-        (lambda y, t: 3, "the loss must be a scalar; the loss function gives 3"),
-        (lambda y, t: (jnp.mean(y), {"odd": t}), r"the odd must be a scalar; the loss function gives int32\[4\]"),
+        (lambda y, t: 3, "the loss must be a scalar array; the loss function gives a int"),
+        (
+            lambda y, t: (jnp.mean(y), {"odd": t}),
+            r"the metric 'odd' must be a scalar; the loss function gives int32\[4\]",
+        ),
+        (
+            lambda y, t: (jnp.mean(y), {"loss": t}),
+            "the metric 'loss' would hide the pipeline's own: give it another name",
+        ),
         (lambda y, t: jnp.argmax(y), "the loss must be a floating point number; the loss function gives int32"),
-        (lambda y, t: (jnp.mean(y), 3), "must give a dict of metrics beside the loss; it gives 3"),
+        (lambda y, t: (jnp.mean(y), 3), "must give a dict of metrics beside the loss; it gives a int"),
     ],
 )
 def test_wrong_losses_are_refused(loss, message):

@@ -83,6 +83,10 @@ def test_only_per_channel_vectors_come_on_top():
     assert all(shape[-1] in (2, 4, 8) for shape in vectors)
 
 
+def spare_vectors(tree):
+    return jax.tree.map(lambda p: p.ndim > 1, tree)
+
+
 BLOCKS = [{"kernel": jax.random.normal(jax.random.key(i), (3, 4)), "bias": jnp.full(4, 0.1 * i)} for i in range(1, 3)]
 
 
@@ -93,7 +97,14 @@ BLOCKS = [{"kernel": jax.random.normal(jax.random.key(i), (3, 4)), "bias": jnp.f
         (optax.adamw(1e-3), True),
         (optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), True),
         (optax.chain(optax.clip(0.5), optax.sgd(optim.piecewise(0.1, [2]))), True),
-        (optax.adamw(1e-3, weight_decay=1.0, mask=lambda tree: jax.tree.map(lambda p: p.ndim > 1, tree)), False),
+        (optax.MultiSteps(optim.sgd(0.1, 0.9, 1e-4), 4).gradient_transformation(), True),
+        (optax.adamw(1e-3, weight_decay=1.0, mask=spare_vectors), False),
+        (
+            optax.MultiSteps(optax.adamw(1e-3, weight_decay=5e-4, mask=spare_vectors), 4).gradient_transformation(),
+            False,
+        ),
+        (optax.adamw(optim.piecewise(1e-3, [5], warmup_steps=5), weight_decay=0.1, mask=spare_vectors), False),
+        (optax.set_to_zero(), False),  # has shown nothing
         (optax.lars(0.1), False),
         (optax.lamb(0.1), False),
         (optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(0.1)), False),
@@ -102,12 +113,19 @@ BLOCKS = [{"kernel": jax.random.normal(jax.random.key(i), (3, 4)), "bias": jnp.f
     ],
 )
 def test_which_optimizers_may_see_stacked_parameters(optimizer, allowed):
-    assert optimizer_allows(optimizer, BLOCKS) == allowed
+    assert optimizer_allows(optimizer, [BLOCKS]) == allowed
+
+
+def test_every_run_is_tried():
+    """Weight decay masked by rank tells biases from stacked biases, and kernels from nothing."""
+    kernels = [{"kernel": block["kernel"]} for block in BLOCKS]
+    optimizer = optax.adamw(1e-3, weight_decay=1.0, mask=spare_vectors)
+    assert optimizer_allows(optimizer, [kernels])
+    assert not optimizer_allows(optimizer, [kernels, BLOCKS])
 
 
 def test_blocks_stay_single_where_the_optimizer_could_tell():
     """Weight decay by rank would spare a single bias and hit a stacked one."""
-    spare_vectors = lambda tree: jax.tree.map(lambda p: p.ndim > 1, tree)  # noqa: E731
     optimizer = optax.adamw(0.01, weight_decay=0.5, mask=spare_vectors)
     network = tiny_mlp(5)
     batches = tiny_batches(4)

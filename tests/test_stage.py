@@ -1,3 +1,4 @@
+from functools import partial
 from itertools import pairwise
 
 import flax.linen
@@ -89,6 +90,59 @@ def test_linen_nnx_and_callables_train_together():
     assert losses[-1] < 0.5 * losses[0]
 
 
+class Oddly(flax.linen.Module):
+    """A Linen module whose flag has another of the usual names, or an unusual one."""
+
+    @flax.linen.compact
+    def __call__(self, x, is_training=False):
+        return flax.linen.BatchNorm(use_running_average=not is_training)(x)
+
+
+class Nameless(flax.linen.Module):
+    @flax.linen.compact
+    def __call__(self, x, learn=False):
+        return flax.linen.BatchNorm(use_running_average=not learn)(x)
+
+
+def test_linen_modules_are_switched_by_any_usual_name_and_refused_otherwise():
+    (layer,) = as_layers([Oddly()])
+    (params,), (state,), _ = split_inits([layer], X)
+    _, new = layer.apply(params, state, X, KEY, True)
+    assert float(jnp.abs(new["batch_stats"]["BatchNorm_0"]["mean"]).max()) > 0
+    with pytest.raises(
+        ValueError, match=r"layer 0 \(Nameless\) fails .* no argument to switch its statistics by; give"
+    ):
+        split_inits(as_layers([Nameless()]), X)
+
+
+class Sowing(nnx.Module):
+    def __init__(self, rngs):
+        self.rngs = rngs
+        self.linear = nnx.Linear(6, 6, rngs=rngs)
+
+    def __call__(self, x):
+        self.sow(nnx.Intermediate, "seen", x)
+        return self.linear(x) + 0 * jax.random.normal(self.rngs.params(), ())
+
+
+@pytest.mark.filterwarnings("ignore:.*sow:DeprecationWarning")
+def test_what_a_module_sows_is_no_state_and_random_streams_may_be_shared():
+    rngs = nnx.Rngs(0)
+    network = [Sowing(rngs), Sowing(rngs), nnx.Linear(6, 3, rngs=rngs)]
+    network[0](jnp.ones((2, 6)))  # and may have been left there before
+    pipe = make_pipeline(network, num_stages=2)
+    state, losses = run(pipe, tiny_batches(4))
+    assert np.isfinite(losses).all()
+    assert pipe.module_state(state) == [{}, {}, {}]
+
+
+class Growing(flax.linen.Module):
+    @flax.linen.compact
+    def __call__(self, x):
+        self.sow("losses", "penalty", x.sum())
+        return x
+
+
 def test_a_pytree_passes_between_layers():
     """Activations beside a mask of whole numbers, through a cut."""
 
@@ -115,7 +169,15 @@ def test_a_pytree_passes_between_layers():
     ("network", "error", "message"),
     [
         (["relu"], TypeError, "layer 0 is 'relu'; a layer must be a Flax NNX module, a Linen module or a callable"),
+        ([nnx.Linear], TypeError, "a layer must be a Flax NNX module, .*: call Linear to make one"),
         ([nnx.Linear], TypeError, "layer 0 is <class"),
+        (
+            [tiny_mlp()[0].__call__],
+            TypeError,
+            "layer 0 is a method of a Hidden, whose parameters would not train: give the module",
+        ),
+        ([partial(partial(tiny_mlp()[0]))], TypeError, "layer 0 is a partial of a Hidden, whose parameters"),
+        ([Growing()], ValueError, r"layer 0 \(Growing\) fails on .*: its state changes from float32\[\] to \(float32"),
         ([*tiny_mlp(), lambda x: None], TypeError, r"layer 4 \(<lambda>\) returns None; .* pytree of arrays"),
         ([*tiny_mlp(), lambda x: "text"], TypeError, r"layer 4 \(<lambda>\) returns 'text'"),
         ([*tiny_mlp(), lambda x: (x, 3)], TypeError, r"layer 4 \(<lambda>\) returns \("),

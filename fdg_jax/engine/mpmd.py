@@ -7,6 +7,7 @@ the host runs ahead.
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -50,12 +51,23 @@ class Mpmd:
 
     def step(self, state: State, inputs: PyTree, targets: PyTree) -> tuple[State, Metrics | None]:
         period, fed = self.plan.schedule.period, state.fed - state.origin
-        walk = _Walk(self, state)
+        walk = _Walk(self, self._with_totals(state, targets))
         walk.outbox[INPUTS, 0, state.fed] = _own_copy(inputs)
         walk.outbox[TARGETS, self.plan.last, state.fed] = _own_copy(targets)
         for tick in range(fed * period, (fed + 1) * period):
             walk.tick(tick, fed + 1)
         return walk.state(fed=state.fed + 1, origin=state.origin), walk.metrics[-1] if walk.metrics else None
+
+    def _with_totals(self, state: State, targets: PyTree) -> State:
+        """The last stage is traced here, when the first batch brings the shapes of the targets, and gets its sums."""
+        last, own = self.plan.last, state.stages[-1]
+        if last not in self.workers:
+            self.workers[last] = Worker(self.plan, last, own, targets)
+        if own.totals:
+            return state
+        zeros = {name: np.zeros((), np.float32) for name in self.workers[last].total_names}
+        own = own._replace(totals=jax.device_put(zeros, self.devices[last]))
+        return replace(state, stages=(*state.stages[:-1], own))
 
     def drain(self, state: State) -> tuple[State, list[Metrics]]:
         schedule, fed = self.plan.schedule, state.fed - state.origin
@@ -65,6 +77,7 @@ class Mpmd:
         return walk.state(fed=state.fed, origin=state.fed), walk.metrics
 
     def predict(self, state: State, inputs: PyTree) -> PyTree:
+        inputs = _own_copy(inputs)
         for own, device, evaluate in zip(state.stages, self.devices, self._evaluations, strict=True):
             inputs = evaluate(own.params, own.state, jax.device_put(inputs, device))
         return inputs
@@ -149,7 +162,7 @@ class _Walk:
     def _visit(self, k: int, visit: Visit) -> None:
         batches = list(dict.fromkeys(op.batch for op in visit))
         arrivals = [self._receive(k, batch, visit) for batch in batches]
-        own = self._own(k, arrivals)
+        own = self.stages[k]
         program = self.engine.program(k, pattern(visit))
         changed, departures = program(own, arrivals)
         self.stages[k] = own._replace(**changed)
@@ -163,7 +176,7 @@ class _Walk:
                 )
             if departure.outputs is not None:
                 self.outbox[INPUTS, k + 1, number] = departure.outputs
-            if departure.cotangents and k > 0:
+            if departure.cotangents is not None and k > 0:
                 self.outbox[COTANGENTS, k - 1, number] = departure.cotangents
             if departure.metrics is not None:
                 self.metrics.append(departure.metrics)
@@ -179,13 +192,3 @@ class _Walk:
             cotangents=self.inbox.pop((COTANGENTS, k, number)) if backward and k < self.last else None,
             memo=self.memos.pop((k, number)) if backward and not forward else None,
         )
-
-    def _own(self, k: int, arrivals: list[Arrival]) -> StageState:
-        """The stage's state. The last stage is traced here, when its first batch arrives and the targets are known."""
-        engine, own = self.engine, self.stages[k]
-        if k not in engine.workers:
-            engine.workers[k] = Worker(engine.plan, k, own, arrivals[0].targets)
-        if k == self.last and not own.totals:
-            zeros = {name: np.zeros(()) for name in engine.workers[k].total_names}
-            own = own._replace(totals=jax.device_put(zeros, engine.devices[k]))
-        return own
