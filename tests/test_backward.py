@@ -80,6 +80,12 @@ def test_the_policies_take_their_weights_where_they_say():
     assert [source.tree for source in recomputed.held] == ["inputs"]
 
 
+def test_a_memo_refers_to_the_output_where_the_backward_reads_it():
+    made = trace(lambda params, x, state: (layers.relu(x @ params["a"]), state))
+    assert made.saved == []
+    assert "outputs" in {source.tree for source in made.held}
+
+
 def test_a_second_call_compiles_nothing():
     """A vjp carried across jit as it is would recompile for ever; the memo is a flat list of arrays."""
     made = trace()
@@ -162,6 +168,8 @@ def test_weights_hidden_in_an_output_are_found():
 
     params = {"w": jnp.ones((2, 2))}
     assert trace(also_returns_its_cast, params).hidden_params() == [0]
+    scaled_by_state = lambda params, x, state: (x @ (params["w"] * (1 + state["count"])), state)  # noqa: E731
+    assert trace(scaled_by_state, params).hidden_params() == [0]
     assert trace(returns_what_it_used, params).hidden_params() == []
 
 

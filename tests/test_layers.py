@@ -155,3 +155,22 @@ def test_residuals_are_the_arguments_verbatim():
     norm = lambda x, s, b: layers.batch_norm(x, s, b, 1e-5, jnp.bfloat16)[0]  # noqa: E731
     assert residuals(norm, x, scale, bias) == ([(3,), (3,)], {"0", "1"})  # mean and deviation; input and scale
     assert residuals(layers.relu, x) == ([], {"y"})
+
+
+def test_batch_norm_rounds_what_it_normalises_as_flax_does():
+    """Statistics and gradients of a float32 input far from zero in a bfloat16 layer: rounded first, summed wide."""
+    x = 2 * normal(64, 5) + 300
+    own = layers.BatchNorm(5, dtype="bfloat16", rngs=nnx.Rngs(0))
+    flax = nnx.BatchNorm(5, momentum=0.9, dtype="bfloat16", rngs=nnx.Rngs(0))
+    (_, dparams, _, statistics), (_, dparams_flax, _, statistics_flax) = (
+        value_and_gradients(module, x) for module in (own, flax)
+    )
+    assert_trees_close(statistics, statistics_flax)
+    assert_trees_close(dparams, dparams_flax, ROUNDING["bfloat16"])
+
+
+@pytest.mark.parametrize("value", [77.77, 333.3, 1e4 / 3])
+def test_a_constant_channel_has_no_negative_variance(value):
+    y, _, var = layers.batch_norm(jnp.full((7, 3), value), jnp.ones(3), jnp.zeros(3), 1e-5, jnp.float32)
+    assert float(var.min()) >= 0
+    assert jnp.isfinite(y).all()

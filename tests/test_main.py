@@ -26,11 +26,11 @@ def clean_environment():
     return {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
 
 
-def start(*arguments):
+def start(*arguments, **environment):
     return subprocess.Popen(
         command(*arguments),
         cwd=ROOT,
-        env=clean_environment(),
+        env=clean_environment() | environment,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -55,6 +55,7 @@ def outcomes(tmp_path_factory):
         "value": (*DIGITS, "--config.batch_size=many"),
         "beta": (*DIGITS, "--config.method.beta=2"),
         "stages": (*DIGITS, "--config.num_stages=9"),
+        "one device": (*DIGITS, *QUICK, f"--workdir={folder}/one"),
         "group": (*DIGITS, "--config.method=bp"),
         "huge": (*DIGITS, "--config.num_stages=100000"),
         "empty": (*DIGITS, "--workdir="),
@@ -62,7 +63,8 @@ def outcomes(tmp_path_factory):
         "none": (),
         "extra": (*DIGITS, "surplus"),
     }
-    processes = {name: start(*arguments) for name, arguments in runs.items()}
+    said = {"one device": {"JAX_NUM_CPU_DEVICES": "1"}}
+    processes = {name: start(*arguments, **said.get(name, {})) for name, arguments in runs.items()}
     done = {}
     for name, process in processes.items():
         stdout, stderr = process.communicate(timeout=120)
@@ -83,6 +85,12 @@ def test_overrides_act_and_stages_get_devices_of_their_own(outcomes):
     assert f"test accuracy {100 * lines[-1]['test/accuracy']:.2f} %" in last
     assert str(folder / "four") in last
     assert json.loads((folder / "four" / "config.json").read_text())["method"]["beta"] == 0.2
+
+
+def test_what_is_said_about_devices_counts(outcomes):
+    status, stdout, _ = outcomes[1]["one device"]
+    assert status == 0
+    assert "2 stages share 1 device(s)" in stdout
 
 
 @pytest.mark.parametrize(
@@ -157,3 +165,26 @@ def test_a_signal_stops_the_run_between_batches_and_keeps_its_work(number, statu
     assert (tmp_path / "run" / "params").is_dir()
     assert "test/accuracy" in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
     assert stderr == ""
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    """Even where the batch takes long, as the first does, for which everything is compiled."""
+    process = start(*DIGITS, f"--workdir={tmp_path}/run")
+    for line in process.stdout:
+        if line.startswith("writing to"):
+            break
+    process.send_signal(signal.SIGINT)
+    for line in process.stdout:
+        if line.startswith("stopping after this batch"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr == "fdg_jax: stopped at once; what was written up to the last log is kept\n"
+    assert not (tmp_path / "run" / "params").exists()
+
+
+def test_a_default_workdir_is_the_next_free_one(tmp_path):
+    for name in ("digits", "digits-2"):
+        assert cli._free_workdir(tmp_path / "digits") == tmp_path / name
+        (tmp_path / name).mkdir()

@@ -183,6 +183,13 @@ def test_a_forecast_is_what_the_state_holds():
             assert forecast.optimizer == sum(leaf.nbytes for leaf in jax.tree.leaves(own.opt_state))
 
 
+def test_a_forecast_counts_batches_not_ticks():
+    """A batch of bp stays for several ticks, and is alone."""
+    pipe = make_pipeline(num_stages=3, method=methods.bp())
+    pipe.init(jax.random.key(0), tiny_batches(1)[0][0])
+    assert [forecast.num_memos for forecast in pipe._forecasts] == [1, 1, 0]
+
+
 def test_the_callers_buffers_are_left_alone():
     """Batches may be written over as soon as `step` returns, and arrays given to it or to `init` are not donated."""
     pipe = make_pipeline(num_stages=3)
@@ -215,6 +222,25 @@ def test_a_stage_may_send_whole_numbers_alone():
     ends = run(make_pipeline(network, cuts=(3,), method=methods.fdg(1.0)), batches)[1]
     assert cut == pytest.approx(ends, rel=1e-6)
     assert cut[-1] < cut[0]
+
+
+def test_weights_given_to_init_are_copied():
+    pipe = make_pipeline(num_stages=2, stack=False, method=methods.fdg(0.5, "current"))
+    given = jax.tree.map(jnp.array, pipe.params(pipe.init(jax.random.key(0), tiny_batches(1)[0][0])))
+    before = host(given)
+    state = pipe.init(jax.random.key(0), tiny_batches(1)[0][0], params=given)
+    for batch in tiny_batches(4):
+        state, _ = pipe.step(state, batch)
+    assert_trees_close(given, before, 0)
+
+
+def test_memos_are_donated_where_a_new_one_takes_their_place():
+    pipe = make_pipeline(tiny_mlp(5), num_stages=3, stack=False)
+    state = fed(pipe, 8)
+    answered = next(memo for (k, _), memo in sorted(state.memos.items()) if k == 0)
+    assert answered.saved
+    pipe.step(state, tiny_batches(1)[0])
+    assert all(leaf.is_deleted() for leaf in answered.saved)
 
 
 def test_optimizer_states_count_each_stages_own_updates():

@@ -224,6 +224,30 @@ def test_statistics_move_once_a_forward(policy):
     assert_trees_close(pipe.module_state(state)[0]["norm"]["mean"], mean)
 
 
+class Counting(nnx.Module):
+    """Its training forward reads the state that it moves: batch i is scaled by i + 1."""
+
+    def __init__(self):
+        self.linear = layers.Linear(6, 6, rngs=nnx.Rngs(0))
+        self.gain = nnx.BatchStat(jnp.ones(()))
+
+    def __call__(self, x):
+        gain = self.gain[...]
+        self.gain[...] = gain + 1
+        return jnp.tanh(self.linear(x)) * gain
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_gradient_is_of_the_module_state_of_the_forward(policy):
+    last = []
+    for num_stages, method in ((1, methods.bp()), (2, methods.fdg(1.0, policy))):
+        network = [Counting(), layers.Linear(6, 3, rngs=nnx.Rngs(1))]
+        pipe = make_pipeline(network, num_stages=num_stages, method=method, optimizer=recording())
+        state, _ = run(pipe, tiny_batches(5))
+        last.append(host(state.stages[0].opt_state[0]))
+    assert_trees_close(*last)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_bfloat16_trains_under_every_policy_with_float32_parameters(policy):
     network = models.resnet_cifar(8, rngs=nnx.Rngs(1), width=4, num_classes=3, in_shape=(4, 4, 1), dtype="bfloat16")
@@ -278,6 +302,17 @@ def test_prediction_in_flight_disturbs_nothing():
         np.testing.assert_array_equal(first, pipe.predict(state, batch[0][:3]))
     state, drained = pipe.drain(state)
     assert [float(m["loss"]) for m in metrics + drained] == undisturbed
+
+
+@pytest.mark.parametrize("stack", [True, False])
+def test_prediction_is_of_each_input_by_itself(stack):
+    """Evaluation form: the statistics are the running ones, not those of the batch beside it."""
+    blocks = [
+        nnx.Sequential(layers.Linear(6, 6, rngs=nnx.Rngs(i)), layers.BatchNorm(6, rngs=nnx.Rngs(0))) for i in range(3)
+    ]
+    pipe = make_pipeline([*blocks, layers.Linear(6, 3, rngs=nnx.Rngs(3))], cuts=(3,), stack=stack)
+    state, _ = run(pipe, tiny_batches(3))
+    assert_trees_close(host(pipe.predict(state, INPUTS))[:1], host(pipe.predict(state, INPUTS[:1])))
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 5])
@@ -500,6 +535,10 @@ def test_current_names_a_parameter_inside_a_stack():
     network = [*foreign, layers.Linear(6, 3, rngs=nnx.Rngs(0))]
     with expect_line(ValueError, r"cannot refresh kernel of layer \d \(Linear\)"):
         make_pipeline(network, cuts=(3,), method=methods.fdg(0.5, "current")).init(KEY, INPUTS)
+    before = [layers.Linear(6, 6, rngs=nnx.Rngs(0)), *[nnx.Linear(6, 6, rngs=nnx.Rngs(i)) for i in range(3)]]
+    network = [*before, nnx.BatchNorm(6, rngs=nnx.Rngs(0)), layers.Linear(6, 3, rngs=nnx.Rngs(0))]
+    with expect_line(ValueError, r"cannot refresh scale of layer 4 \(BatchNorm\)"):
+        make_pipeline(network, cuts=(1, 5), method=methods.fdg(0.5, "current")).init(KEY, INPUTS)
 
 
 def test_a_step_before_init_is_refused():

@@ -75,13 +75,56 @@ def test_dropout_is_a_function_of_the_key(module):
     np.testing.assert_array_equal(evaluated, other_evaluated)
 
 
-def test_users_modules_are_never_changed():
-    network = [NnxBlock(6, 0.5, nnx.Rngs(0)), *tiny_mlp()]
-    before = host(jax.tree.map(lambda v: v, nnx.to_pure_dict(nnx.state(network[0], nnx.Not(nnx.RngState)))))
-    deterministic = network[0].dropout.deterministic
-    run(make_pipeline(network, num_stages=2), tiny_batches(4))
-    assert_trees_close(nnx.to_pure_dict(nnx.state(network[0], nnx.Not(nnx.RngState))), before, 0)
-    assert network[0].dropout.deterministic == deterministic
+def test_streams_of_one_module_differ_and_start_anew_in_every_batch():
+    class Two(nnx.Module):
+        def __init__(self):
+            self.one, self.other = nnx.Dropout(0.5, rngs=nnx.Rngs(1)), nnx.Dropout(0.5, rngs=nnx.Rngs(2))
+
+        def __call__(self, x):
+            return self.one(x), self.other(x)
+
+    used, fresh = Two(), Two()
+    used(X)  # counts in the user's module have moved on
+    masks = [layer.apply({}, {}, X, KEY, True)[0] for layer in as_layers([used, fresh])]
+    assert_trees_close(*masks, 0)
+    assert (masks[0][0] != masks[0][1]).any()
+
+
+class Flagged(flax.linen.Module):
+    @flax.linen.compact
+    def __call__(self, x, deterministic):
+        return flax.linen.Dropout(0.5, deterministic=deterministic)(x)
+
+
+@pytest.mark.parametrize("module", [Flagged(), flax.linen.BatchNorm()], ids=["deterministic", "use_running_average"])
+def test_flags_that_mean_evaluation_are_turned_round(module):
+    (layer,) = as_layers([module])
+    (params,), (state,), _ = split_inits([layer], X)
+    trained, _ = layer.apply(params, state, X, KEY, True)
+    evaluated, same = layer.apply(params, state, X, KEY, False)
+    assert_trees_close(same, state, 0)
+    assert_trees_close(evaluated, X, 1e-4)  # nothing dropped; the first statistics are mean 0 and variance 1
+    assert float(jnp.abs(trained - X).max()) > 1e-2
+
+
+def test_equal_linen_layers_start_from_different_parameters():
+    (one, other), _, _ = split_inits(as_layers([flax.linen.Dense(4), flax.linen.Dense(4)]), X)
+    assert (one["kernel"] != other["kernel"]).any()
+
+
+@pytest.mark.parametrize("policy", ["stash", "current"])
+def test_users_modules_are_never_changed(policy):
+    """Nor are their arrays donated."""
+    *hidden, head = tiny_mlp()
+    network = [*hidden, NnxBlock(5, 0.5, nnx.Rngs(0)), head]
+
+    def content():
+        return [nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.RngState))) for module in network]
+
+    before, deterministic = host(content()), network[3].dropout.deterministic
+    run(make_pipeline(network, cuts=(3,), stack=False, method=methods.fdg(0.5, policy)), tiny_batches(4))
+    assert_trees_close(content(), before, 0)
+    assert network[3].dropout.deterministic == deterministic
 
 
 def test_linen_nnx_and_callables_train_together():
@@ -217,7 +260,9 @@ def test_layers_that_differ_stay_alone():
     equal = [nnx.Linear(6, 6, rngs=rngs) for _ in range(2)]
     assert grouped(equal, x) == (2,)
     assert grouped([equal[0], nnx.Linear(6, 6, use_bias=False, rngs=rngs)], x) == (1, 1)
-    assert grouped([nnx.Dropout(0.1, rngs=rngs), nnx.Dropout(0.2, rngs=rngs)], x) == (1, 1)
+    assert grouped([layers.BatchNorm(6, rngs=rngs, epsilon=epsilon) for epsilon in (1e-5, 1e-2)], x) == (1, 1)
+    narrowing = [layers.Conv(3, 3, padding="VALID", rngs=rngs) for _ in range(2)]
+    assert grouped(narrowing, jnp.ones((2, 9, 9, 3))) == (1, 1)
     assert grouped([jnp.tanh, jnp.tanh], x) == (1, 1)  # nothing to stack
     assert grouped([flax.linen.Dense(6), flax.linen.Dense(6), flax.linen.Dense(5)], x) == (2, 1)
 
@@ -229,6 +274,32 @@ def test_a_convolution_without_its_own_vjp_stays_out_of_loops_on_the_cpu():
     assert grouped(foreign, x) == (1, 1)
     assert grouped(foreign, x, platform="gpu") == (2,)
     assert grouped(own, x) == (2,)
+
+    class Hidden(nnx.Module):
+        """Its convolution is inside another function's program."""
+
+        def __init__(self):
+            self.conv = nnx.Conv(3, 3, (3, 3), rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return nnx.remat(lambda conv, x: conv(x))(self.conv, x)
+
+    assert grouped([Hidden(), Hidden()], x) == (1, 1)
+
+
+def test_whole_numbers_stay_out_of_loops():
+    """The loop has a vjp of its own, which takes gradients of every input."""
+
+    class Masked(nnx.Module):
+        def __init__(self):
+            self.scale = nnx.Param(jnp.ones(4))
+
+        def __call__(self, inputs):
+            return {"x": inputs["x"] * self.scale[...], "mask": inputs["mask"]}
+
+    made = as_layers([Masked(), Masked()])
+    shapes = {"x": jax.ShapeDtypeStruct((2, 4), jnp.float32), "mask": jax.ShapeDtypeStruct((2,), jnp.int32)}
+    assert group_layers(made, *init_layers(made, KEY, shapes), "cpu") == (1, 1)
 
 
 def test_stack_and_unstack_are_inverse():

@@ -1,18 +1,22 @@
 import dataclasses
 import io
 import json
+import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
+from fdg_jax import schedule
 from fdg_jax.checkpoint import Weights, load_weights
 from fdg_jax.config import ConfigError, DataSettings, MethodSettings, ModelSettings, OptimSettings, Settings
 from fdg_jax.metrics import softmax_cross_entropy
-from fdg_jax.train import RunFailed, build, evaluate, train_and_evaluate
+from fdg_jax.train import RunFailed, build, evaluate, make_method, make_optimizer, train_and_evaluate
 
 SMALL = Settings(
+    seed=3,
     epochs=2,
     batch_size=256,
     log_every_steps=2,
@@ -87,6 +91,48 @@ def test_a_run_says_first_what_it_will_do(finished):
     assert "images/s" in lines[-1]
 
 
+def test_signals_are_handled_during_a_run_only(tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    train(dataclasses.replace(SMALL, epochs=1), tmp_path / "run")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def rates(settings, steps_per_epoch, epochs, num):
+    """What `num` updates of a weight 2 subtract for a gradient 1."""
+    optimizer = make_optimizer(settings, steps_per_epoch, epochs)
+    weight = jnp.full(1, 2.0)
+    state, taken = optimizer.init(weight), []
+    for _ in range(num):
+        update, state = optimizer.update(jnp.ones(1), state, weight)
+        taken.append(-float(update[0]))
+    return taken
+
+
+def test_settings_count_epochs_and_optimizers_updates():
+    plain = OptimSettings(learning_rate=0.1, momentum=0.0, weight_decay=0.0)
+    piecewise = dataclasses.replace(plain, schedule="piecewise", milestones=(1, 2), warmup_epochs=0.5)
+    expected = [0.01] * 2 + [0.1] * 2 + [0.01] * 4 + [0.001] * 4
+    np.testing.assert_allclose(rates(piecewise, 4, 3, 12), expected, rtol=1e-5)
+    cosine = dataclasses.replace(plain, schedule="cosine", weight_decay=0.5)  # 1 + 0.5 * 2 is the gradient then
+    expected = [0.2 * 0.5 * (1 + np.cos(np.pi * i / 8)) for i in range(9)]
+    np.testing.assert_allclose(rates(cosine, 4, 2, 9), expected, atol=1e-6)
+    nesterov = dataclasses.replace(plain, schedule="constant", momentum=0.5, nesterov=True)
+    np.testing.assert_allclose(rates(nesterov, 4, 2, 2), [0.1 * 1.5, 0.1 * 1.75], rtol=1e-6)
+
+
+def test_every_setting_reaches_its_place():
+    method = make_method(MethodSettings(beta=0.3, policy="current", order="forward_first"))
+    assert (method.beta, method.policy) == (0.3, "current")
+    assert method.schedule(3) == schedule.fdg(3, "forward_first")
+    kernels = []
+    for seed in (0, 1):
+        pipe, source = build(dataclasses.replace(SMALL, seed=seed, dtype="bfloat16"))
+        state = pipe.init(jax.random.key(0), source.batch(0, 0, 8)[0])
+        assert pipe._started().plan.shapes[1].dtype == "bfloat16"
+        kernels.append(jax.tree.leaves(pipe.params(state))[-1])
+    assert (kernels[0] != kernels[1]).any()
+
+
 def test_the_same_seed_gives_the_same_numbers(finished, tmp_path):
     workdir, _, _ = finished
     train(SMALL, tmp_path / "again")
@@ -137,6 +183,14 @@ def test_a_workdir_in_use_is_left_alone(finished):
     assert {path.name: path.stat().st_mtime_ns for path in workdir.iterdir()} == before
 
 
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_one_file_of_a_run_is_enough_to_be_left_alone(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(SMALL, tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write to --workdir"):
@@ -169,4 +223,6 @@ def test_settings_that_do_not_fit_leave_nothing_behind(changes, message, tmp_pat
 def test_what_may_surprise_is_said(method, optimizer, words, tmp_path):
     optim = dataclasses.replace(SMALL.optim, name=optimizer, learning_rate=1e-3)
     settings = dataclasses.replace(SMALL, method=method, optim=optim, epochs=1)
-    assert words in train(settings, tmp_path / "run")[1]
+    told = train(settings, tmp_path / "run")[1]
+    assert words in told
+    assert ("beta 0:" in told) == (method.beta == 0)
