@@ -167,21 +167,17 @@ def test_a_signal_stops_the_run_between_batches_and_keeps_its_work(number, statu
     assert stderr == ""
 
 
-def test_a_second_interrupt_stops_at_once(tmp_path):
-    """Even where the batch takes long, as the first does, for which everything is compiled."""
-    process = start(*DIGITS, f"--workdir={tmp_path}/run")
-    for line in process.stdout:
-        if line.startswith("writing to"):
-            break
-    process.send_signal(signal.SIGINT)
-    for line in process.stdout:
-        if line.startswith("stopping after this batch"):
-            break
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert stderr == "fdg_jax: stopped at once; what was written up to the last log is kept\n"
-    assert not (tmp_path / "run" / "params").exists()
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_an_interrupt_outside_the_loop_is_no_traceback(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "train_and_evaluate", interrupted)
+    try:
+        assert cli.main(cli.parse_flags(["fdg_jax", f"--config={ROOT}/experiments/digits.py", "--workdir=any"])) == 130
+    finally:
+        cli.flags.FLAGS.unparse_flags()
+    assert capsys.readouterr().err == "fdg_jax: stopped at once; what was written up to the last log is kept\n"
 
 
 def test_a_default_workdir_is_the_next_free_one(tmp_path):

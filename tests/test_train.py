@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import os
 import signal
 
 import jax
@@ -13,7 +14,7 @@ from fdg_jax import schedule
 from fdg_jax.checkpoint import Weights, load_weights
 from fdg_jax.config import ConfigError, DataSettings, MethodSettings, ModelSettings, OptimSettings, Settings
 from fdg_jax.metrics import softmax_cross_entropy
-from fdg_jax.train import RunFailed, build, evaluate, make_method, make_optimizer, train_and_evaluate
+from fdg_jax.train import RunFailed, _signals, build, evaluate, make_method, make_optimizer, train_and_evaluate
 
 SMALL = Settings(
     seed=3,
@@ -95,6 +96,18 @@ def test_signals_are_handled_during_a_run_only(tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     train(dataclasses.replace(SMALL, epochs=1), tmp_path / "run")
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_first_interrupt_is_collected_and_a_second_acts():
+    console = Console(file=io.StringIO(), width=200)
+    with _signals(console) as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(10_000):  # until the interpreter looks
+                pass
+    assert "stopping after this batch; press Ctrl-C again to stop at once" in console.file.getvalue()
 
 
 def rates(settings, steps_per_epoch, epochs, num):
