@@ -173,6 +173,7 @@ def test_an_interrupt_outside_the_loop_is_no_traceback(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "train_and_evaluate", interrupted)
+    monkeypatch.setattr(cli, "make_devices", lambda num_stages: None)  # JAX has started in this process
     try:
         assert cli.main(cli.parse_flags(["fdg_jax", f"--config={ROOT}/experiments/digits.py", "--workdir=any"])) == 130
     finally:
