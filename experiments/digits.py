@@ -2,15 +2,15 @@
 
     python -m fdg_jax.main --config experiments/digits.py
 
-Expected: test accuracy about 99 % (98.3 to 99.2 % over five seeds), training done within 5 s.
+Expected: test accuracy about 99 % (98.3 to 99.2 % over five seeds), training done within 10 s.
 """
 
 from ml_collections import ConfigDict
 
-from fdg_jax.config import default_config
+from fdg_jax.config import default_config, varied
 
 
-def get_config() -> ConfigDict:
+def get_config(variants: str = "") -> ConfigDict:
     config = default_config()
     config.num_stages = 2
     config.epochs = 20
@@ -21,6 +21,8 @@ def get_config() -> ConfigDict:
     config.model.depth = 8
 
     config.data.source = "digits"
+    config.data.crop_padding = 0
+    config.data.flip = False
 
     config.method.name = "fdg"
     config.method.beta = 0.5
@@ -28,4 +30,4 @@ def get_config() -> ConfigDict:
     config.optim.learning_rate = 0.1
     config.optim.weight_decay = 5e-4
     config.optim.schedule = "cosine"
-    return config
+    return varied(config, variants)

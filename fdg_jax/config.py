@@ -6,19 +6,20 @@ The dataclasses below are the configuration: their fields are the keys, their va
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from fdg_jax import data, methods
+from fdg_jax import methods
 from fdg_jax.models import MODELS
 from fdg_jax.names import check_name
 from fdg_jax.partition import SPLITS
 from fdg_jax.pipeline import ENGINES
 
-SOURCES = {"digits": data.digits}
+SOURCES = ("digits", "arrays", "folder", "tfds")
+CUTS = (*SPLITS, "published", "balanced")
 METHODS = ("bp", "fdg")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 RATE_SCHEDULES = ("constant", "piecewise", "cosine")
@@ -34,16 +35,26 @@ class ModelSettings:
     """`config.model`: a name of `models.MODELS` and its size."""
 
     name: str = "resnet_cifar"
-    depth: int = 20  # layers of the ResNet, hidden layers of the mlp
-    width: int = 16  # channels of the first group, units of a hidden layer
+    depth: int = 20  # layers of a residual network, hidden layers of the mlp
+    width: int = 16  # channels of the first group, of wrn in sixteens; units of a hidden layer
+    stem: str = "cifar"  # of resnet: "cifar" or "imagenet"
+    init: str = "he"  # "he" (normal), or "torch", PyTorch's default, which the code released with FDG used
+    pool_window: int = 0  # of resnet_cifar: the mean over a corner of the last map, 6 in that code; 0 for all of it
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """`config.data`."""
+    """`config.data`: where images come from and what happens to them."""
 
     source: str = "digits"
-    path: str = ""  # of sources that are read from disk
+    name: str = "cifar10"  # of tfds: any image classification set in its catalogue
+    path: str = (
+        ""  # of arrays: an .npz file; of folder: the folder; of tfds: its data_dir, by default ~/tensorflow_datasets
+    )
+    limit: int = 0  # training images to use, the same random ones always; 0 for all
+    resize: int = 0  # of folder: pixels of the shorter side, then a crop in the middle; 0 to leave images as they are
+    crop_padding: int = 4  # training images are shifted by up to so many pixels
+    flip: bool = True  # and mirrored, one in two
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ class Settings:
 
     seed: int = 0
     num_stages: int = 2
-    cuts: str | tuple[int, ...] = "layers"  # "layers", "parameters", or the first layer of each stage but the first
+    cuts: str | tuple[int, ...] = "layers"  # the first layer of each stage but the first, or one of CUTS
     engine: str = "mpmd"
     epochs: int = 300
     batch_size: int = 128
@@ -93,6 +104,32 @@ class Settings:
 def default_config() -> ConfigDict:
     """Every key with its default: the recipe of the FDG papers."""
     return ConfigDict(dataclasses.asdict(Settings()))
+
+
+def varied(config: ConfigDict, variants: str, **known: Callable[[ConfigDict], None]) -> ConfigDict:
+    """The configuration after the variants that stand behind the file's name: --config experiments/x.py:cifar100,smoke.
+
+    Args:
+        config: of the experiment; changed in place, and returned.
+        variants: names, separated by commas, in the order in which they act.
+        known: what the experiment's own variants do. "smoke" is known to all.
+
+    Raises:
+        ValueError: there is no such variant.
+    """
+    for name in filter(None, variants.split(",")):
+        check_name("variant", name, {"smoke", *known})
+        known.get(name, smoke)(config)
+    return config
+
+
+def smoke(config: ConfigDict) -> None:
+    """Makes of an experiment one that takes seconds: the same method on the digits, with the smallest such network."""
+    smallest = {"resnet_cifar": (8, 4), "wrn": (10, 1), "resnet": (50 if config.model.depth >= 50 else 18, 4)}
+    depth, width = smallest[config.model.name]
+    config.update({"epochs": 1, "batch_size": 64, "log_every_steps": 2, "cuts": "layers", "num_stages": 2})
+    config.model.update({"depth": depth, "width": width, "pool_window": min(config.model.pool_window, 1)})
+    config.data.update({"source": "digits", "limit": 256, "crop_padding": 1})
 
 
 def _dotted(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -160,12 +197,12 @@ def _parse_cuts(cuts: Any) -> str | tuple[int, ...]:
     """Cuts as typed on a command line: a word, or numbers like 3,6 or (3, 6)."""
     if not isinstance(cuts, str):
         return _typed("config.cuts", cuts, ())
-    if cuts in SPLITS:
+    if cuts in CUTS:
         return cuts
     try:
         return tuple(int(number) for number in cuts.strip("()[], ").split(","))
     except ValueError:
-        words = " or ".join(SPLITS)
+        words = " or ".join(CUTS)
         raise ConfigError(f"config.cuts must be layer numbers like 3,6, or {words}; got {cuts!r}") from None
 
 
@@ -196,6 +233,10 @@ def _check(settings: Settings) -> None:
         ("seed", settings.seed, 0),
         ("model.depth", settings.model.depth, 1),
         ("model.width", settings.model.width, 1),
+        ("model.pool_window", settings.model.pool_window, 0),
+        ("data.limit", settings.data.limit, 0),
+        ("data.resize", settings.data.resize, 0),
+        ("data.crop_padding", settings.data.crop_padding, 0),
         ("optim.learning_rate", optim.learning_rate, 0),
         ("optim.momentum", optim.momentum, 0),
         ("optim.weight_decay", optim.weight_decay, 0),
@@ -209,7 +250,10 @@ def _check(settings: Settings) -> None:
         raise ConfigError(f"config.optim.milestones must increase; got {optim.milestones}")
     if optim.name == "adam" and optim.weight_decay:
         raise ConfigError("adam takes no weight decay: use config.optim.name=adamw, or config.optim.weight_decay=0")
-    if settings.data.path and settings.data.source == "digits":
-        raise ConfigError(
-            f"config.data.path is for sources on disk, digits come with the package; got {settings.data.path!r}"
-        )
+    source, path = settings.data.source, settings.data.path
+    if path and source == "digits":
+        raise ConfigError(f"config.data.path is for sources on disk, digits come with the package; got {path!r}")
+    if not path and source in ("arrays", "folder"):
+        raise ConfigError(f"config.data.source={source} needs --config.data.path, the file or folder to read")
+    if settings.data.resize and source != "folder":
+        raise ConfigError(f"config.data.resize is for config.data.source=folder; the source is {source}")

@@ -6,21 +6,24 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
 
-from fdg_jax import methods, models, optim
+from fdg_jax import data, methods, models, optim
+from fdg_jax.balance import balanced_cuts
 from fdg_jax.checkpoint import Weights, save_weights
-from fdg_jax.config import SOURCES, ConfigError, MethodSettings, OptimSettings, Settings
+from fdg_jax.config import ConfigError, DataSettings, MethodSettings, OptimSettings, Settings
 from fdg_jax.console import RunDisplay
-from fdg_jax.data import ArraySource
+from fdg_jax.data import Source
 from fdg_jax.engine.base import State
 from fdg_jax.methods import Method
 from fdg_jax.metrics import MetricWriter, masked_sums, softmax_cross_entropy
@@ -58,10 +61,9 @@ def train_and_evaluate(settings: Settings, workdir: Path, console: Console) -> R
         ConfigError: the settings do not fit one another, or the workdir is taken. Nothing has been written.
         RunFailed: the loss is no longer finite. What was written stays.
     """
-    pipe, source = build(settings)
-    images, _ = source.batch(settings.seed, 0, settings.batch_size)
+    pipe, source = build(settings, console)
     try:
-        state = pipe.init(jax.random.key(settings.seed), images)
+        state = pipe.init(jax.random.key(settings.seed), _example_images(settings, source))
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
     _make_workdir(workdir, settings)
@@ -73,22 +75,24 @@ def train_and_evaluate(settings: Settings, workdir: Path, console: Console) -> R
     return Result(metrics, run.seconds, received[0] if received else None)
 
 
-def build(settings: Settings) -> tuple[Pipeline, ArraySource]:
+def build(settings: Settings, console: Console | None = None) -> tuple[Pipeline, Source]:
     """The pipeline and the data of a run.
+
+    Args:
+        settings: from `config.resolve`.
+        console: where to tell what was measured for balanced cuts.
 
     Raises:
         ConfigError: the settings do not fit one another.
     """
-    source = SOURCES[settings.data.source]()
     try:
+        source = make_source(settings.data)
         steps_per_epoch = source.steps_per_epoch(settings.batch_size)
         layers = models.build(
-            settings.model.name,
+            **dataclasses.asdict(settings.model) | {"pool_window": settings.model.pool_window or None},
             seed=settings.seed,
-            depth=settings.model.depth,
-            width=settings.model.width,
             num_classes=source.num_classes,
-            in_shape=source.train_images.shape[1:],
+            in_shape=source.image_shape,
             dtype=settings.dtype,
         )
         pipe = Pipeline(
@@ -97,12 +101,53 @@ def build(settings: Settings) -> tuple[Pipeline, ArraySource]:
             optimizer=make_optimizer(settings.optim, steps_per_epoch, settings.epochs),
             method=make_method(settings.method),
             num_stages=settings.num_stages,
-            cuts=settings.cuts,
+            cuts=make_cuts(settings, layers, source, console),
             engine=settings.engine,
         )
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
-    return pipe, source
+    return pipe, source.placed(pipe.devices[0], pipe.devices[-1])
+
+
+def make_source(settings: DataSettings) -> Source:
+    """The data set that the settings name.
+
+    Raises:
+        ValueError: it is not there, or not as it should be.
+    """
+    if settings.source == "digits":
+        source: Source = data.digits()
+    elif settings.source == "arrays":
+        source = data.arrays(Path(settings.path).expanduser())
+    elif settings.source == "folder":
+        from fdg_jax.data.folder import folder  # here and below, since these need packages that other runs do not
+
+        source = folder(settings.path, resize=settings.resize or None)
+    else:
+        from fdg_jax.data.tfds import tfds
+
+        source = tfds(settings.name, settings.path or None)
+    source = source.augmented(settings.crop_padding, settings.flip)
+    return source.limited(settings.limit) if settings.limit else source
+
+
+def make_cuts(
+    settings: Settings, layers: Sequence[Any], source: Source, console: Console | None = None
+) -> str | tuple[int, ...]:
+    """The cuts as `Pipeline` takes them; those balanced by measurement are measured here, and told."""
+    model = settings.model
+    if settings.cuts == "published":
+        return models.published_cuts(model.name, model.depth, model.width, settings.num_stages)
+    if settings.cuts == "balanced":
+        balance = balanced_cuts(layers, _example_images(settings, source), settings.num_stages)
+        if console:
+            console.print(str(balance), highlight=False, markup=False, soft_wrap=True)
+        return balance.cuts
+    return settings.cuts
+
+
+def _example_images(settings: Settings, source: Source) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((settings.batch_size, *source.image_shape), jnp.float32)
 
 
 def make_method(settings: MethodSettings) -> Method:
@@ -138,12 +183,12 @@ def _make_workdir(workdir: Path, settings: Settings) -> None:
         raise ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}; choose another") from error
 
 
-def _announce(settings: Settings, pipe: Pipeline, source: ArraySource, workdir: Path, console: Console) -> None:
+def _announce(settings: Settings, pipe: Pipeline, source: Source, workdir: Path, console: Console) -> None:
     steps = source.steps_per_epoch(settings.batch_size)
-    dropped = len(source.train_images) - steps * settings.batch_size
-    shape = "x".join(map(str, source.train_images.shape[1:]))
+    dropped = source.num_train - steps * settings.batch_size
+    shape = "x".join(map(str, source.image_shape))
     lines = [
-        f"{source.name}: {len(source.train_images):,} training and {len(source.test_images):,} test images of {shape}, "
+        f"{source.name}: {source.num_train:,} training and {source.num_test:,} test images of {shape}, "
         f"{source.num_classes} classes",
         f"{settings.epochs} epoch{'s' if settings.epochs > 1 else ''} of {steps} batches of {settings.batch_size}"
         + (f"; {dropped} images left over are dropped, others in every epoch" if dropped else ""),
@@ -185,7 +230,7 @@ def _signals(console: Console) -> Iterator[list[int]]:
 class _Run:
     """The state of the loop that is not the pipeline's: clocks and the latest numbers."""
 
-    def __init__(self, settings: Settings, pipe: Pipeline, source: ArraySource, writer: MetricWriter, console: Console):
+    def __init__(self, settings: Settings, pipe: Pipeline, source: Source, writer: MetricWriter, console: Console):
         self.settings, self.pipe, self.source, self.writer = settings, pipe, source, writer
         self.per_epoch = source.steps_per_epoch(settings.batch_size)
         self.num_steps = settings.epochs * self.per_epoch
@@ -198,9 +243,8 @@ class _Run:
     def train(self, state: State, received: list[int]) -> tuple[State, dict[str, float]]:
         """Feeds all batches, or those until a signal arrives; everything fed is answered at the end."""
         settings = self.settings
-        with self.display:
-            for step in range(1, self.num_steps + 1):
-                batch = self.source.batch(settings.seed, step - 1, settings.batch_size)
+        with self.display, closing(self.source.batches(settings.seed, settings.batch_size)) as batches:
+            for step, batch in zip(range(1, self.num_steps + 1), batches, strict=False):
                 state, _ = self.pipe.step(state, batch)
                 self.display.advance()
                 ends = step == self.num_steps or bool(received)
@@ -245,7 +289,7 @@ class _Run:
         return state
 
 
-def evaluate(pipe: Pipeline, state: State, source: ArraySource, batch_size: int) -> dict[str, float]:
+def evaluate(pipe: Pipeline, state: State, source: Source, batch_size: int) -> dict[str, float]:
     """Means over the test images on the weights of the moment, each image once: "test/loss" and the loss's metrics."""
     sums: dict[str, float] = {}
     for images, labels, mask in source.test_batches(batch_size):

@@ -8,28 +8,47 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fdg_jax"
 ROWS = [
     ["names"],
-    ["schedule", "backward", "layers", "data.source", "optim", "metrics"],
-    ["models.mlp", "models.resnet_cifar", "stacking", "methods", "partition", "data.digits"],
-    ["models", "data", "stage"],
+    ["schedule", "backward", "layers", "data.augment", "data.shuffle", "data.decode", "optim", "metrics"],
+    ["models.parts", "models.cuts", "stacking", "methods", "partition", "data.source"],
+    [
+        "models.mlp",
+        "models.resnet_cifar",
+        "models.resnet",
+        "models.wrn",
+        "data.digits",
+        "data.arrays",
+        "data.folder",
+        "data.stream",
+    ],
+    ["models", "data", "data.cifar", "stage"],
+    ["data.tfds"],
     ["engine.base"],
     ["engine.worker"],
     ["engine.mpmd", "overview", "checks"],
-    ["pipeline"],
+    ["pipeline", "balance"],
     ["checkpoint", "config", "console"],
     ["train"],
     ["main"],
 ]
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}
 PLACES = {
-    "flax": {"layers", "models", "models.mlp", "models.resnet_cifar", "stage"},
+    "flax": {
+        "layers",
+        "models",
+        *(f"models.{name}" for name in ("parts", "mlp", "resnet_cifar", "resnet", "wrn")),
+        "stage",
+    },
     "ml_collections": {"config", "main"},
     "absl": {"main"},
     "orbax": {"checkpoint"},
     "tensorboardX": {"metrics"},
-    "rich": {"console", "train", "main"},
+    "rich": {"console", "train", "main", "data.decode"},
+    "PIL": {"data.decode", "data.stream", "data.cifar"},
+    "grain": {"data.stream"},
+    "requests": {"data.cifar"},
     "sklearn": set(),
     "tensorflow": set(),
-    "tensorflow_datasets": set(),
+    "tensorflow_datasets": {"data.cifar", "data.tfds"},
 }
 
 

@@ -7,7 +7,7 @@ from helpers import assert_trees_close, in_float64, make_pipeline, run, tiny_bat
 
 from fdg_jax import methods, models, optim
 from fdg_jax.engine.worker import Worker
-from fdg_jax.models.resnet_cifar import Head
+from fdg_jax.models.parts import Head
 from fdg_jax.stacking import optimizer_allows
 
 SHAPE = (8, 8, 1)

@@ -62,7 +62,7 @@ def test_a_run_leaves_settings_metrics_events_and_weights(finished):
 def test_the_weights_left_behind_are_those_that_were_tested(finished):
     workdir, result, _ = finished
     pipe, source = build(dataclasses.replace(SMALL, num_stages=1))
-    images = source.test_images
+    images, _, _ = next(source.test_batches(source.num_test))
     state = pipe.init(jax.random.key(1), images)
     loaded = load_weights(workdir / "params", Weights(pipe.params(state), pipe.module_state(state)))
     state = pipe.init(jax.random.key(1), images, loaded.params, loaded.module_state)

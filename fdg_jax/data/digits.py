@@ -12,10 +12,10 @@ from fdg_jax.data.source import ArraySource
 
 
 def digits() -> ArraySource:
-    """The digits, pixels 0..16 brought to -1..1; every fifth image, from the first, is held out for testing (360)."""
+    """The digits, pixels 0..16 normalised to -1..1; every fifth image, from the first, is held out for testing."""
     with resources.files("fdg_jax.data").joinpath("digits.npz").open("rb") as file, np.load(file) as arrays:
         images, labels = arrays["images"], arrays["labels"]
-    images = images[..., None].astype(np.float32) / 8 - 1
+    images = images[..., None].astype(np.uint8)
     held_out = np.arange(len(images)) % 5 == 0
     return ArraySource(
         name="digits",
@@ -24,4 +24,6 @@ def digits() -> ArraySource:
         train_labels=labels[~held_out].astype(np.int32),
         test_images=images[held_out],
         test_labels=labels[held_out].astype(np.int32),
+        mean=(8.0,),
+        std=(8.0,),
     )

@@ -1,8 +1,8 @@
 """A random order of any length without making it: where place p of an epoch points, for the places that are wanted.
 
 Sorting 50,000 random numbers in every tick, or keeping the order of an epoch somewhere, would make a batch depend on
-more than (seed, i). A permutation that can be evaluated at a point does not: four rounds of a Feistel network permute
-the numbers of an even number of bits, whatever the round function is, and walking on until a number falls inside
+more than (seed, i). A permutation that can be evaluated at a point does not: rounds of a Feistel network permute the
+numbers of an even number of bits, whatever the round function is, and walking on until a number falls inside
 0 .. size - 1 keeps it a permutation (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
 """
 
@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-ROUNDS = 4
+ROUNDS = 6
+LEAST_BITS = 4  # of half a number: in smaller domains the orders would not be equally likely
 
 
 def shuffled(seed: jax.Array | int, epoch: jax.Array | int, places: jax.Array, size: int) -> jax.Array:
@@ -24,7 +25,7 @@ def shuffled(seed: jax.Array | int, epoch: jax.Array | int, places: jax.Array, s
     Returns:
         (...) uint32.
     """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    half = max(LEAST_BITS, ((size - 1).bit_length() + 1) // 2)
     mask = jnp.uint32(2**half - 1)
     base = _mix(jnp.uint32(seed) * jnp.uint32(0x9E3779B9) ^ _mix(jnp.uint32(epoch) + jnp.uint32(0x85EBCA6B)))
     keys = [_mix(base + jnp.uint32(round_ + 1)) for round_ in range(ROUNDS)]
@@ -38,7 +39,7 @@ def shuffled(seed: jax.Array | int, epoch: jax.Array | int, places: jax.Array, s
     def walk(x):
         return jnp.where(x < size, x, permute(x))
 
-    # The domain is at most four times the set, so that a few steps are enough.
+    # But for tiny sets the domain is at most four times the set, so that a few steps are enough.
     return lax.while_loop(lambda x: jnp.any(x >= size), walk, permute(places.astype(jnp.uint32)))
 
 

@@ -4,10 +4,10 @@ A set that fits on a device lives there: choosing, cropping, mirroring and norma
 jitted function of (seed, i), and the host sends an integer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,31 @@ import numpy as np
 
 from fdg_jax.data.augment import crop_and_flip, normalise
 from fdg_jax.data.shuffle import shuffled
+
+Array = jax.Array | np.ndarray
+Batch = tuple[Array, Array]  # images (B, H, W, C) float32, labels (B,) int32
+
+
+class Source(Protocol):
+    """What training asks of a data set, however it is stored; `ArraySource` says what each of these is."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+    @property
+    def num_train(self) -> int: ...
+    @property
+    def num_test(self) -> int: ...
+    def limited(self, num: int) -> "Source": ...
+    def augmented(self, crop_padding: int, flip: bool) -> "Source": ...
+    def placed(self, image_device: jax.Device, label_device: jax.Device) -> "Source": ...
+    def steps_per_epoch(self, batch_size: int) -> int: ...
+    def batch(self, seed: int, i: int, batch_size: int) -> Batch: ...
+    def batches(self, seed: int, batch_size: int, start: int = 0) -> Generator[Batch, None, None]: ...
+    def test_batches(self, batch_size: int) -> Iterator[tuple[Array, np.ndarray, np.ndarray]]: ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +98,7 @@ class ArraySource:
                 )
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
             shapes = self.train_images.shape[1:], self.test_images.shape[1:]
-            raise ValueError(f"{self.name}: training and test images must be of one shape; got {shapes[0]}, {shapes[1]}")
+            raise ValueError(f"{self.name}: training and test images must be of one shape; got {shapes}")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -93,6 +118,10 @@ class ArraySource:
         kept = np.sort(np.asarray(shuffled(0, 0, jnp.arange(min(num, self.num_train)), self.num_train)))
         return replace(self, train_images=self.train_images[kept], train_labels=self.train_labels[kept])
 
+    def augmented(self, crop_padding: int, flip: bool) -> "ArraySource":
+        """With training images shifted by up to `crop_padding` pixels, and mirrored or not."""
+        return replace(self, crop_padding=crop_padding, flip=flip)
+
     def placed(self, image_device: jax.Device, label_device: jax.Device) -> "ArraySource":
         """The same, with batches made on these devices."""
         return replace(self, image_device=image_device, label_device=label_device)
@@ -110,7 +139,7 @@ class ArraySource:
             )
         return steps
 
-    def batch(self, seed: int, i: int, batch_size: int) -> tuple[jax.Array, jax.Array]:
+    def batch(self, seed: int, i: int, batch_size: int) -> Batch:
         """Images (B, H, W, C) float32 and labels (B,) int32 of training batch i: a function of its arguments alone.
 
         Every epoch visits the images in an order of its own.
@@ -121,14 +150,14 @@ class ArraySource:
         images = _train_images(*numbers, *self._on_image_device["train"], batch_size=batch_size, **augmentation)
         return images, _train_labels(*numbers, self._labels_on_device, batch_size=batch_size)
 
-    def batches(self, seed: int, batch_size: int, start: int = 0) -> Iterator[tuple[jax.Array, jax.Array]]:
+    def batches(self, seed: int, batch_size: int, start: int = 0) -> Generator[Batch, None, None]:
         """Batch `start` and those that follow, without end."""
         i = start
         while True:
             yield self.batch(seed, i, batch_size)
             i += 1
 
-    def test_batches(self, batch_size: int) -> Iterator[tuple[jax.Array, np.ndarray, np.ndarray]]:
+    def test_batches(self, batch_size: int) -> Iterator[tuple[Array, np.ndarray, np.ndarray]]:
         """(images, labels, mask (B,)): every test image once; what fills the last batch up is masked out."""
         for start in range(0, self.num_test, batch_size):
             index = np.arange(start, start + batch_size)

@@ -1,0 +1,122 @@
+"""A folder of image files, train/<class>/*.jpg and test/<class>/*.jpg, as a source."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from fdg_jax.data.decode import Progress, cached, decode
+from fdg_jax.data.source import ArraySource
+
+SPLITS = ("train", "test")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+_VERSION = 1  # of what the cache holds for a key
+
+Files = dict[str, tuple[int, int]]  # name relative to the folder: bytes, time of change in ns
+
+
+def folder(
+    path: str | Path,
+    *,
+    resize: int | None = None,
+    cache_dir: str | Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> ArraySource:
+    """The images under train/<class>/ and test/<class>/; label c is the c-th class by name. Named as the folder.
+
+    They are decoded to (N, H, W, 3) uint8 once: the array is kept under `cache_dir`, found again by the images' names,
+    sizes in bytes and times of change, and by `resize`. Other files, and names that begin with a dot, do not count.
+
+    Args:
+        path: the folder.
+        resize, workers, progress: see `decode.decode`; images of different sizes need `resize`.
+        cache_dir: by default $XDG_CACHE_HOME/fdg_jax, or ~/.cache/fdg_jax.
+
+    Raises:
+        ValueError: no such folder, no train/ or test/, no images in one, a class in one of them only, images that do
+            not decode, or of different sizes; arguments out of range.
+    """
+    for name, value in (("resize", resize), ("workers", workers)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, or None; got {value}")
+    root = Path(path).expanduser()
+    try:
+        classes, files = _listing(root)
+    except OSError as error:
+        raise ValueError(f"{root} cannot be read: {error}") from None
+    key = hashlib.sha256(json.dumps([_VERSION, resize, list(files.items())]).encode()).hexdigest()[:32]
+    file = (Path(cache_dir).expanduser() if cache_dir else _cache_home()) / f"images-{key}.npz"
+    images = cached(file, lambda: decode(root, list(files), resize, workers, progress))
+    number = {name: label for label, name in enumerate(classes)}
+    labels = np.array([number[name.split("/")[1]] for name in files], np.int32)
+    num_train = sum(name.startswith("train/") for name in files)
+    return ArraySource(
+        name=root.resolve().name,
+        num_classes=len(classes),
+        train_images=images[:num_train],
+        train_labels=labels[:num_train],
+        test_images=images[num_train:],
+        test_labels=labels[num_train:],
+    )
+
+
+def _listing(root: Path) -> tuple[list[str], Files]:
+    """Classes, and files in the order of split, class and name."""
+    if not root.is_dir():
+        raise ValueError(f"there is no folder {root}" if not root.exists() else f"{root} is a file, not a folder")
+    found = _folders(root)
+    missing = [f"{split}/" for split in SPLITS if split not in found]
+    if missing:
+        raise ValueError(
+            f"{root} must hold train/<class>/ and test/<class>/; it has no {' and no '.join(missing)} "
+            f"(folders: {', '.join(found[:5]) or 'none'})"
+        )
+    train, test = (_folders(root / split) for split in SPLITS)
+    for split, classes in (("train", train), ("test", test)):
+        if not classes:
+            raise ValueError(f"{root / split} has no folders; it must hold one of images for each class")
+    for split, classes, others in (("train", train, test), ("test", test, train)):
+        alone = [name for name in classes if name not in set(others)]
+        if alone:
+            other = "test" if split == "train" else "train"
+            few = ", ".join(alone[:5]) + (f" and {len(alone) - 5} more" if len(alone) > 5 else "")
+            raise ValueError(f"{root}: every class must be in both splits; in {split}/ but not in {other}/: {few}")
+    files: Files = {}
+    for split in SPLITS:
+        for name in train:
+            images = _images(root / split / name)
+            if not images:
+                raise ValueError(f"{root / split / name} has no images ({', '.join(SUFFIXES)})")
+            files |= {f"{split}/{name}/{image}": stat for image, stat in images.items()}
+    return train, files
+
+
+def _folders(path: Path) -> list[str]:
+    with os.scandir(path) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _images(path: Path) -> Files:
+    found = {}
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".") and not entry.is_dir():
+                try:
+                    stat = entry.stat()
+                    found[entry.name] = stat.st_size, stat.st_mtime_ns
+                except FileNotFoundError:  # a link that leads nowhere, of which `decode` complains
+                    found[entry.name] = 0, 0
+    return dict(sorted(found.items()))
+
+
+def _cache_home() -> Path:
+    """By the XDG base directory specification, which says to ignore relative paths."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "fdg_jax"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / "fdg_jax"
