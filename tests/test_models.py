@@ -215,7 +215,7 @@ def test_the_shortcut_without_a_change_of_shape_is_the_identity():
 
 
 def normalised(x):
-    return (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)
+    return (x - x.mean((0, 1, 2))) / (x.var((0, 1, 2)) + 1e-5) ** 0.5
 
 
 @pytest.mark.parametrize(
@@ -228,6 +228,34 @@ def test_a_projection_is_normalised_and_strided_like_its_block(kind, strides, ch
     x, kernel = normal(2, 8, 8, 4), np.asarray(block.projection.conv.kernel[...])[0, 0]
     expected = np.maximum(normalised(np.asarray(x)[:, ::strides, ::strides] @ kernel), 0)
     np.testing.assert_allclose(block(x), expected, atol=1e-5)
+
+
+def test_blocks_are_the_papers_formulas():
+    """Figures 2 and 5 of He et al., figure 1 (b) of Zagoruyko and Komodakis, written out with nothing of `layers`."""
+
+    def conv(module, x):
+        kernel = module.kernel[...]
+        around = [(kernel.shape[0] // 2,) * 2] * 2
+        return jax.lax.conv_general_dilated(
+            x, kernel, module.strides, around, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    def both(part, x):
+        return normalised(conv(part.conv, x))
+
+    x = normal(2, 8, 8, 4)
+    basic, bottleneck, wide = (
+        kind(4, channels, 2, rngs=nnx.Rngs(0), dtype=jnp.float32)
+        for kind, channels in ((ProjectionBlock, 8), (Bottleneck, 2), (WideBlock, 8))
+    )
+    expected = jax.nn.relu(both(basic.conv2, jax.nn.relu(both(basic.conv1, x))) + both(basic.projection, x))
+    np.testing.assert_allclose(basic(x), expected, atol=1e-5)
+    y = jax.nn.relu(both(bottleneck.conv2, jax.nn.relu(both(bottleneck.conv1, x))))
+    expected = jax.nn.relu(both(bottleneck.conv3, y) + both(bottleneck.projection, x))
+    np.testing.assert_allclose(bottleneck(x), expected, atol=1e-5)
+    y = jax.nn.relu(normalised(x))
+    expected = conv(wide.conv2, jax.nn.relu(normalised(conv(wide.conv1, y)))) + conv(wide.projection, y)
+    np.testing.assert_allclose(wide(x), expected, rtol=1e-5, atol=1e-4)  # sums of 72 numbers, not normalised
 
 
 def test_a_bottleneck_strides_in_its_convolution_3x3():
