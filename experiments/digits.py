@@ -2,7 +2,7 @@
 
     python -m fdg_jax.main --config experiments/digits.py
 
-Expected: test accuracy about 99 % (98.3 to 99.2 % over five seeds), training done within 10 s.
+Expected: test accuracy about 99 % (98.9 to 99.7 % over five seeds), training done within 15 s.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +21,7 @@ def get_config(variants: str = "") -> ConfigDict:
     config.model.depth = 8
 
     config.data.source = "digits"
-    config.data.crop_padding = 0
+    config.data.crop_padding = 1
     config.data.flip = False
 
     config.method.name = "fdg"

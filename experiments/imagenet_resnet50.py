@@ -16,7 +16,7 @@ from fdg_jax.config import default_config, varied
 def get_config(variants: str = "") -> ConfigDict:
     config = default_config()
     config.num_stages = 2
-    config.cuts = "balanced"
+    config.cuts = "published"
     config.epochs = 90
     config.batch_size = 256
     config.dtype = "bfloat16"

@@ -26,7 +26,8 @@ def linear(p, x):
 
 def conv(p, x, strides=1):
     dimensions = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, p["kernel"], (strides, strides), "SAME", dimension_numbers=dimensions)
+    around = ((1, 1), (1, 1))
+    return jax.lax.conv_general_dilated(x, p["kernel"], (strides, strides), around, dimension_numbers=dimensions)
 
 
 def norm(p, x):

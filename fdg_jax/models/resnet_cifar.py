@@ -87,7 +87,8 @@ class BasicBlock(nnx.Module):
     ):
         conv = partial(Conv, rngs=rngs, dtype=dtype, kernel_init=kernel_init(init))
         self.strides, self.new_channels = strides, channels - in_channels
-        self.conv1 = conv(in_channels, channels, strides=strides)
+        # "SAME" would centre a strided kernel off the pixels that the shortcut takes, on maps of even size.
+        self.conv1 = conv(in_channels, channels, strides=strides, padding=((1, 1), (1, 1)))
         self.norm1 = BatchNorm(channels, rngs=rngs, dtype=dtype)
         self.conv2 = conv(channels, channels)
         self.norm2 = BatchNorm(channels, rngs=rngs, dtype=dtype)
