@@ -4,8 +4,9 @@
     python -m fdg_jax.main --config experiments/imagenet_resnet101.py:smoke
 
 Expected: nothing is published of FDG on ImageNet. The recipe is the usual one: 90 epochs, a tenth of the rate at 30, 60
-and 80, batches of 256; the weight decay of 1e-4 is here on everything. TFDS cannot fetch ImageNet by itself: it wants
-the archives of image-net.org, and TensorFlow to prepare them; the command says how when it finds nothing.
+and 80, batches of 256, three epochs of warm-up; the weight decay of 1e-4 is here on everything. TFDS cannot fetch
+ImageNet by itself: it wants the archives of image-net.org, and TensorFlow to prepare them; the command says how when it
+finds nothing.
 """
 
 from ml_collections import ConfigDict

@@ -55,6 +55,7 @@ def balanced_cuts(
     Raises:
         ValueError: there are fewer layers than stages, or a layer fails on its inputs.
     """
+    even_cuts([1] * len(layers), num_stages)  # refuses too many stages before anything is measured
     seconds = layer_seconds(layers, example_inputs, device, rounds)
     return Balance(even_cuts(seconds, num_stages), tuple(seconds))
 

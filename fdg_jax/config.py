@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fdg_jax import methods
+from fdg_jax import methods, models
 from fdg_jax.models import MODELS
 from fdg_jax.names import check_name
 from fdg_jax.partition import SPLITS
@@ -115,10 +115,13 @@ def varied(config: ConfigDict, variants: str, **known: Callable[[ConfigDict], No
         known: what the experiment's own variants do. "smoke" is known to all.
 
     Raises:
-        ValueError: there is no such variant.
+        ConfigError: there is no such variant.
     """
     for name in filter(None, variants.split(",")):
-        check_name("variant", name, {"smoke", *known})
+        try:
+            check_name("variant", name, {"smoke", *known})
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         known.get(name, smoke)(config)
     return config
 
@@ -244,10 +247,12 @@ def _check(settings: Settings) -> None:
     ):
         if not value >= low or not math.isfinite(value):
             raise ConfigError(f"config.{name} must be finite and at least {low}; got {value}")
+    if settings.seed >= 2**32:
+        raise ConfigError(f"config.seed must be below 2^32; got {settings.seed}")
     if optim.momentum >= 1:
         raise ConfigError(f"config.optim.momentum must be below 1; got {optim.momentum}")
-    if list(optim.milestones) != sorted(set(optim.milestones)):
-        raise ConfigError(f"config.optim.milestones must increase; got {optim.milestones}")
+    if list(optim.milestones) != sorted(set(optim.milestones)) or min(optim.milestones, default=1) < 1:
+        raise ConfigError(f"config.optim.milestones must be epochs from 1 on and increase; got {optim.milestones}")
     if optim.name == "adam" and optim.weight_decay:
         raise ConfigError("adam takes no weight decay: use config.optim.name=adamw, or config.optim.weight_decay=0")
     source, path = settings.data.source, settings.data.path
@@ -255,5 +260,7 @@ def _check(settings: Settings) -> None:
         raise ConfigError(f"config.data.path is for sources on disk, digits come with the package; got {path!r}")
     if not path and source in ("arrays", "folder"):
         raise ConfigError(f"config.data.source={source} needs --config.data.path, the file or folder to read")
+    if settings.cuts == "published":
+        models.published_cuts(settings.model.name, settings.model.depth, settings.model.width, settings.num_stages)
     if settings.data.resize and source != "folder":
         raise ConfigError(f"config.data.resize is for config.data.source=folder; the source is {source}")

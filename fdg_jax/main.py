@@ -127,6 +127,8 @@ def _fault_of_config_file(error: BaseException | None) -> str | None:
     while error is not None:
         frames = traceback.walk_tb(error.__traceback__)
         lines = [(f.f_code.co_filename, n) for f, n in frames if f.f_globals.get("__name__") == "config_config"]
+        if isinstance(error, ConfigError):
+            return str(error)
         if lines or isinstance(error, SyntaxError):
             place = " ({}, line {})".format(*lines[-1]) if lines else ""  # a SyntaxError tells its place itself
             return f"the config file fails: {type(error).__name__}: {_first_line(error)}{place}"

@@ -12,7 +12,10 @@ def check_name(kind: str, name: object, valid: Iterable[str]) -> None:
     """
     valid = sorted(valid)
     if name not in valid:
-        near = difflib.get_close_matches(str(name), valid, n=2, cutoff=0.4)
+        lower = {known.lower(): known for known in valid}
+        near = [lower[match] for match in difflib.get_close_matches(str(name).lower(), lower, n=2, cutoff=0.4)]
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "it must be one of"
-        every = "" if near and len(valid) > 12 else f" ({', '.join(valid)})"
-        raise ValueError(f"unknown {kind} {name!r}; {hint}{every}")
+        if near and len(valid) > 12:
+            raise ValueError(f"unknown {kind} {name!r}; {hint}")
+        few = ", ".join(valid[:40]) + (f" and {len(valid) - 40} more" if len(valid) > 40 else "")
+        raise ValueError(f"unknown {kind} {name!r}; {hint} ({few})")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ from fdg_jax.engine.base import State
 from fdg_jax.methods import Method
 from fdg_jax.metrics import MetricWriter, masked_sums, softmax_cross_entropy
 from fdg_jax.pipeline import Pipeline
+
+T = TypeVar("T")
 
 
 class RunFailed(Exception):
@@ -89,7 +91,7 @@ def build(settings: Settings, console: Console | None = None) -> tuple[Pipeline,
         source = make_source(settings.data)
         steps_per_epoch = source.steps_per_epoch(settings.batch_size)
         layers = models.build(
-            **dataclasses.asdict(settings.model) | {"pool_window": settings.model.pool_window or None},
+            **dataclasses.asdict(settings.model),
             seed=settings.seed,
             num_classes=source.num_classes,
             in_shape=source.image_shape,
@@ -127,6 +129,11 @@ def make_source(settings: DataSettings) -> Source:
         from fdg_jax.data.tfds import tfds
 
         source = tfds(settings.name, settings.path or None)
+    side = min(source.image_shape[:2])
+    if settings.crop_padding > side:
+        raise ValueError(
+            f"config.data.crop_padding must be at most {side}, the side of an image; got {settings.crop_padding}"
+        )
     source = source.augmented(settings.crop_padding, settings.flip)
     return source.limited(settings.limit) if settings.limit else source
 
@@ -244,7 +251,7 @@ class _Run:
         """Feeds all batches, or those until a signal arrives; everything fed is answered at the end."""
         settings = self.settings
         with self.display, closing(self.source.batches(settings.seed, settings.batch_size)) as batches:
-            for step, batch in zip(range(1, self.num_steps + 1), batches, strict=False):
+            for step, batch in zip(range(1, self.num_steps + 1), _readable(batches), strict=False):
                 state, _ = self.pipe.step(state, batch)
                 self.display.advance()
                 ends = step == self.num_steps or bool(received)
@@ -289,10 +296,18 @@ class _Run:
         return state
 
 
+def _readable(batches: Iterator[T]) -> Iterator[T]:
+    """The same, but a batch that cannot be read fails the run in one line."""
+    try:
+        yield from batches
+    except ValueError as error:
+        raise RunFailed(f"{error}; the metrics before are kept") from error
+
+
 def evaluate(pipe: Pipeline, state: State, source: Source, batch_size: int) -> dict[str, float]:
     """Means over the test images on the weights of the moment, each image once: "test/loss" and the loss's metrics."""
     sums: dict[str, float] = {}
-    for images, labels, mask in source.test_batches(batch_size):
+    for images, labels, mask in _readable(source.test_batches(batch_size)):
         outputs = pipe.predict(state, images)
         for name, value in masked_sums(pipe.loss, outputs, np.asarray(labels), mask).items():
             sums[name] = sums.get(name, 0.0) + float(value)

@@ -11,7 +11,7 @@ def given(**changes):
     rng = np.random.default_rng(0)
     values = {
         "train_images": rng.integers(0, 256, (5, 4, 6, 2), dtype=np.uint8),
-        "train_labels": np.array([0, 2, 1, 2, 0]),
+        "train_labels": np.array([0, 2, 1, 3, 0]),
         "test_images": rng.integers(0, 256, (3, 4, 6, 2), dtype=np.uint8),
         "test_labels": np.array([1, 3, 0]),
     }
@@ -28,7 +28,7 @@ def test_a_file_and_a_mapping_give_the_arrays_as_they_are(tmp_path, dtype):
     values = given()
     values |= {key: values[key].astype(dtype) for key in ("train_images", "test_images")}
     for source in (arrays(values, "mine"), arrays(saved(tmp_path / "a.npz", values), "mine")):
-        assert (source.name, source.num_classes) == ("mine", 4)  # one more than the largest label, here a test label
+        assert (source.name, source.num_classes) == ("mine", 4)  # one more than the largest label
         for key, value in values.items():
             np.testing.assert_array_equal(getattr(source, key), value)
             assert getattr(source, key).dtype == value.dtype
@@ -82,8 +82,14 @@ def test_pickles_are_refused_unopened(tmp_path):
         ({"test_images": np.zeros((0, 4, 6, 2)), "test_labels": np.zeros(0, int)}, "test split: it is empty"),
         ({"test_labels": np.array([0, 1])}, "labels must be one whole number an image; got int64[2] for 3 images"),
         ({"test_labels": np.array(["cat", "dog", "cat"])}, "labels must be one whole number an image"),
-        ({"train_labels": np.array([0, -1, 0, 0, 0])}, "labels must lie in 0..3; 1 do not, -1 among them"),
-        ({"num_classes": 3}, "test split: labels must lie in 0..2; 1 do not, 3 among them"),
+        ({"train_labels": np.array([0, -1, 0, 3, 0])}, "labels must lie in 0..3; 1 do not, -1 among them"),
+        ({"num_classes": 3}, "train split: labels must lie in 0..2; 1 do not, 3 among them"),
+        ({"test_labels": np.array([1, 4, 0])}, "test_labels go up to 4, train_labels to 3: give num_classes where"),
+        (
+            {"train_labels": np.array([0, 9, 1, 2, 0])},
+            "train_labels go up to 9, of 5 images: classes are numbered from 0",
+        ),
+        ({"train_labels": np.full(5, 2**63, np.uint64)}, "train_labels go up to 9223372036854775808, of 5 images"),
         ({"num_classes": 0}, "num_classes must be one whole number, at least 1; got 0"),
         ({"num_classes": 4.5}, "num_classes must be one whole number, at least 1; got 4.5"),
         ({"mean": [1, 2, 3]}, "mean must be finite, one number or one for each of 2 channels; got [1, 2, 3]"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fdg_jax import models
-from fdg_jax.config import resolve
+from fdg_jax.config import OptimSettings, resolve
 from fdg_jax.train import build
 
 FILES = sorted((Path(__file__).parents[1] / "experiments").glob("*.py"))
@@ -33,6 +33,15 @@ def test_an_experiment_can_be_read(path):
         )
         assert len(cuts) == settings.num_stages - 1
     assert resolve(module.get_config("smoke")).data.source == "digits"
+    if "cifar10" in path.stem or "wrn" in path.stem:  # CIFAR-100 too
+        beta = f"(beta {settings.method.beta:g})"
+        assert beta in ast.get_docstring(ast.parse(path.read_text()))
+        warmup = 3.0 if path.stem.endswith("resnet110") else 0.0
+        assert settings.optim == OptimSettings(
+            "sgd", 0.1, 0.9, False, 5e-4, "piecewise", (150, 225, 275), 0.1, warmup, 0.1
+        )
+        assert (settings.epochs, settings.batch_size, settings.method.policy) == (300, 128, "stash")
+        assert (settings.data.crop_padding, settings.data.flip) == (4, True)
     with pytest.raises(ValueError, match="unknown variant 'smok'; did you mean 'smoke'"):
         module.get_config("smok")
 

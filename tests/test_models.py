@@ -325,16 +325,16 @@ def test_every_kernel_is_initialised_as_asked(name, init, monkeypatch):
 def test_a_pooling_window_takes_the_upper_left_corner():
     """As the code released with FDG: 6 x 6 of 8 x 8 pixels."""
     x = normal(2, 8, 8, 4)
-    head, whole = (Head(4, 3, window=window, rngs=nnx.Rngs(0), dtype=jnp.float32) for window in (6, None))
+    head, whole = (Head(4, 3, window=window, rngs=nnx.Rngs(0), dtype=jnp.float32) for window in (6, 0))
     kernel = np.asarray(head.linear.kernel[...])
     np.testing.assert_allclose(head(x), np.asarray(x)[:, :6, :6].mean((1, 2)) @ kernel, atol=1e-6)
     np.testing.assert_allclose(whole(x), np.asarray(x).mean((1, 2)) @ kernel, atol=1e-6)
     by_option = models.resnet_cifar(8, width=4, pool_window=2, in_shape=(8, 8, 1), rngs=nnx.Rngs(0))
     assert by_option[-1].window == 2
-    assert models.resnet_cifar(8, width=4, in_shape=(8, 8, 1), rngs=nnx.Rngs(0))[-1].window is None
+    assert models.resnet_cifar(8, width=4, in_shape=(8, 8, 1), rngs=nnx.Rngs(0))[-1].window == 0
 
 
-@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("window", [-1, 3])
 def test_a_window_larger_than_the_map_is_refused(window):
     with pytest.raises(ValueError, match=rf"pool_window must lie in 1..2, for the last map is 2 x 3; got {window}"):
         models.resnet_cifar(8, pool_window=window, in_shape=(8, 9, 1), rngs=nnx.Rngs(0))
@@ -376,7 +376,7 @@ def test_options_by_name():
     assert models.build("resnet_cifar", seed=0, pool_window=2, **SIZE)[-1].window == 2
     for name, option, owner, default in (
         ("wrn", {"stem": "imagenet"}, "resnet", "'cifar'"),
-        ("resnet", {"pool_window": 6}, "resnet_cifar", "None"),
+        ("resnet", {"pool_window": 6}, "resnet_cifar", "0"),
     ):
         (key,) = option
         with pytest.raises(ValueError, match=rf"{key} is an option of {owner}, not of {name}: leave it at {default}"):

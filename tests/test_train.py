@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from fdg_jax import schedule
 from fdg_jax.checkpoint import Weights, load_weights
 from fdg_jax.config import ConfigError, DataSettings, MethodSettings, ModelSettings, OptimSettings, Settings
+from fdg_jax.data import ArraySource, digits
 from fdg_jax.metrics import softmax_cross_entropy
 from fdg_jax.train import RunFailed, _signals, build, evaluate, make_method, make_optimizer, train_and_evaluate
 
@@ -205,6 +207,58 @@ def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write to --workdir"):
         train(SMALL, tmp_path / "file" / "run")
+
+
+def pictures(folder):
+    """Two classes of four training images and two test images, 8 x 8."""
+    for split, count in (("train", 4), ("test", 2)):
+        for number, name in enumerate(("dark", "light")):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8), (100 * number + i,) * 3).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+def test_a_folder_is_read_limited_and_cut_where_published(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    of_data = DataSettings(source="folder", path=str(pictures(tmp_path / "pictures")), limit=6)
+    model = ModelSettings(name="resnet_cifar", depth=20, width=16)
+    pipe, source = build(dataclasses.replace(SMALL, model=model, data=of_data, batch_size=2, cuts="published"))
+    assert pipe.cuts == (5,)
+    assert (source.num_train, source.num_test, source.num_classes) == (6, 4, 2)
+    assert (source.crop_padding, source.flip) == (4, True)
+    assert source.image_device, source.label_device == pipe.devices
+
+
+def test_arrays_are_read_and_cut_by_measurement(tmp_path):
+    images, labels = np.zeros((8, 2, 2), np.uint8), np.arange(8) % 4
+    np.savez(tmp_path / "set.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    of_data = DataSettings(source="arrays", path=str(tmp_path / "set.npz"), crop_padding=1)
+    settings = dataclasses.replace(SMALL, data=of_data, batch_size=4, cuts="balanced")
+    text = io.StringIO()
+    pipe, source = build(settings, Console(file=text, width=200))
+    assert source.image_shape == (2, 2, 1)
+    assert f"cuts {pipe.cuts} balanced by measurement: " in text.getvalue()
+    with pytest.raises(ConfigError, match=r"crop_padding must be at most 2, the side of an image; got 3"):
+        build(dataclasses.replace(settings, data=dataclasses.replace(of_data, crop_padding=3)))
+
+
+def test_a_set_of_tfds_is_asked_for_by_its_name(monkeypatch):
+    asked = []
+    monkeypatch.setattr("fdg_jax.data.tfds.tfds", lambda *args: asked.append(args) or digits())
+    for path in ("", "/data"):
+        build(dataclasses.replace(SMALL, data=DataSettings(source="tfds", name="cifar100", path=path)))
+    assert asked == [("cifar100", None), ("cifar100", "/data")]
+
+
+def test_a_batch_that_cannot_be_read_fails_the_run_in_one_line(tmp_path, monkeypatch):
+    def broken(self, seed, batch_size, start=0):
+        yield self.batch(seed, 0, batch_size)
+        raise ValueError("digits, train split, image 7 does not decode")
+
+    monkeypatch.setattr(ArraySource, "batches", broken)
+    with pytest.raises(RunFailed, match="digits, train split, image 7 does not decode; the metrics before are kept"):
+        train(SMALL, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

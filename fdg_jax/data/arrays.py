@@ -97,8 +97,23 @@ def _num_classes(values: Mapping[str, np.ndarray], where: str) -> int:
         if number.size != 1 or not np.issubdtype(number.dtype, np.integer) or number.item() < 1:
             raise ValueError(f"{where}: num_classes must be one whole number, at least 1; got {number.tolist()!r:.60}")
         return number.item()
-    labels = [values[key] for key in ("train_labels", "test_labels")]
-    return 1 + max([0, *(int(a.max()) for a in labels if a.size and np.issubdtype(a.dtype, np.integer))])
+    largest = {key: _largest(values[key]) for key in ("train_labels", "test_labels")}
+    if largest["test_labels"] > largest["train_labels"]:
+        raise ValueError(
+            f"{where}: test_labels go up to {largest['test_labels']}, train_labels to {largest['train_labels']}: "
+            "give num_classes where that is right"
+        )
+    if largest["train_labels"] > values["train_labels"].size:
+        raise ValueError(
+            f"{where}: train_labels go up to {largest['train_labels']}, of {values['train_labels'].size} images: "
+            "classes are numbered from 0, and num_classes says how many there are where that is right"
+        )
+    return 1 + largest["train_labels"]
+
+
+def _largest(labels: np.ndarray) -> int:
+    """0 where the labels are no whole numbers, of which the source complains."""
+    return int(labels.max()) if labels.size and np.issubdtype(labels.dtype, np.integer) else 0
 
 
 def _per_channel(values: Mapping[str, np.ndarray], key: str, channels: int, where: str) -> tuple[float, ...] | None:

@@ -63,6 +63,8 @@ def _prepared(name: str, data_dir: str | None) -> Any:
     """TFDS's builder of a set that lies prepared, after preparing it where that can be done here."""
     import tensorflow_datasets
 
+    if data_dir and os.path.isfile(data_dir):
+        raise ValueError(f"data_dir must be a folder, in which TFDS keeps its sets; {data_dir} is a file")
     builder = _builder(name, data_dir)
     _check_features(name, builder.info.features)
     if builder.data_path.exists():  # TFDS prepares under another name, and renames what is complete
@@ -98,6 +100,8 @@ def _builder(name: str, data_dir: str | None) -> Any:
     except (AssertionError, ValueError) as error:  # a name that does not parse, an unknown version or variant
         if "/" in name and base in tensorflow_datasets.list_builders(with_community_datasets=False):
             variants = tensorflow_datasets.builder_cls(base).builder_configs
+            if not variants:
+                raise ValueError(f"{base!r} of TFDS has no variants; got {name!r}") from None
             check_name(f"variant of {base!r}", name.split("/")[1].split(":")[0], variants)
         raise ValueError(f"TFDS has no {name!r}: {first_line(error)}") from None
 

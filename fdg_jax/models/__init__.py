@@ -33,7 +33,7 @@ def build(
     dtype: str,
     init: str = "he",
     stem: str = "cifar",
-    pool_window: int | None = None,
+    pool_window: int = 0,
 ) -> Sequence[Callable]:
     """The layers of the network called `name`, initialised from `seed`; see the network's own function.
 
@@ -49,7 +49,7 @@ def build(
         in_shape=in_shape,
         dtype=dtype,
         init=init,
-        **_options(name, stem=(stem, "cifar"), pool_window=(pool_window, None)),
+        **_options(name, stem=(stem, "cifar"), pool_window=(pool_window, 0)),
     )
 
 

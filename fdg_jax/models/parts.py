@@ -44,9 +44,9 @@ def make_linear(in_features: int, out_features: int, *, rngs: nnx.Rngs, dtype: D
 
 
 class Head(nnx.Module):
-    """Mean over the map, or over its upper left `window` x `window` pixels, then a linear layer, at least in float32.
+    """Mean over the map, then a linear layer, at least in float32: (N, H, W, channels) -> logits (N, num_classes).
 
-    (N, H, W, channels) -> logits (N, num_classes).
+    The mean is over the upper left `window` x `window` pixels alone where that is not 0.
     """
 
     def __init__(
@@ -57,11 +57,12 @@ class Head(nnx.Module):
         rngs: nnx.Rngs,
         dtype: Dtype,
         init: str = "he",
-        window: int | None = None,
+        window: int = 0,
     ):
         self.window = window
         self.linear = make_linear(channels, num_classes, rngs=rngs, dtype=at_least_float32(dtype), init=init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x[:, : self.window, : self.window]
+        if self.window:
+            x = x[:, : self.window, : self.window]
         return self.linear(jnp.mean(x.astype(self.linear.dtype), axis=(1, 2)))

@@ -25,7 +25,7 @@ def resnet_cifar(
     in_shape: Sequence[int] = (32, 32, 3),
     dtype: Dtype = jnp.float32,
     init: str = "he",
-    pool_window: int | None = None,
+    pool_window: int = 0,
 ) -> list[nnx.Module]:
     """Stem, (depth - 2) / 2 basic blocks and head: images (N, *in_shape) -> logits (N, num_classes).
 
@@ -37,8 +37,8 @@ def resnet_cifar(
         in_shape: (H, W, C) of an image; of these only C fixes a parameter's shape.
         dtype: of the computation, the head's at least float32; parameters are float32.
         init: "he" (He normal) or "torch" (PyTorch's default, which the code released with FDG leaves in place).
-        pool_window: side of the window in the upper left corner of the last map whose mean the head takes, None for
-            the whole map as in the paper. The code released with FDG pools 6 x 6 of the 8 x 8 pixels.
+        pool_window: side of the window in the upper left corner of the last map whose mean the head takes, 0 for the
+            whole map as in the paper. The code released with FDG pools 6 x 6 of the 8 x 8 pixels.
 
     Raises:
         ValueError: the depth is not 6n + 2, there is no such init, or the window is larger than the last map.
@@ -59,12 +59,12 @@ def resnet_cifar(
     return layers
 
 
-def _check_window(window: int | None, in_shape: Sequence[int]) -> None:
+def _check_window(window: int, in_shape: Sequence[int]) -> None:
     height, width = (-(-size // 4) for size in in_shape[:2])  # halved twice, rounded up
-    if window is not None and not 1 <= window <= min(height, width):
+    if window and not 1 <= window <= min(height, width):
         raise ValueError(
             f"pool_window must lie in 1..{min(height, width)}, for the last map is {height} x {width}; got {window}; "
-            "None pools all of it"
+            "0 pools all of it"
         )
 
 
