@@ -1,4 +1,4 @@
-"""The loop of a run: build, initialise, feed, log, evaluate, save."""
+"""The loop of a run: initialise, feed, log, evaluate, save."""
 
 import dataclasses
 import json
@@ -6,27 +6,23 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from rich.console import Console
 
-from fdg_jax import data, methods, models, optim
-from fdg_jax.balance import balanced_cuts
+from fdg_jax.build import build, example_images
 from fdg_jax.checkpoint import Weights, save_weights
-from fdg_jax.config import ConfigError, DataSettings, MethodSettings, OptimSettings, Settings
+from fdg_jax.config import ConfigError, Settings
 from fdg_jax.console import RunDisplay
 from fdg_jax.data import Source
 from fdg_jax.engine.base import State
-from fdg_jax.methods import Method
-from fdg_jax.metrics import MetricWriter, masked_sums, softmax_cross_entropy
+from fdg_jax.metrics import MetricWriter, masked_sums
 from fdg_jax.pipeline import Pipeline
 
 T = TypeVar("T")
@@ -65,7 +61,7 @@ def train_and_evaluate(settings: Settings, workdir: Path, console: Console) -> R
     """
     pipe, source = build(settings, console)
     try:
-        state = pipe.init(jax.random.key(settings.seed), _example_images(settings, source))
+        state = pipe.init(jax.random.key(settings.seed), example_images(settings, source))
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
     _make_workdir(workdir, settings)
@@ -75,109 +71,6 @@ def train_and_evaluate(settings: Settings, workdir: Path, console: Console) -> R
         state, metrics = run.train(state, received)
     save_weights(workdir / "params", Weights(pipe.params(state), pipe.module_state(state)))
     return Result(metrics, run.seconds, received[0] if received else None)
-
-
-def build(settings: Settings, console: Console | None = None) -> tuple[Pipeline, Source]:
-    """The pipeline and the data of a run.
-
-    Args:
-        settings: from `config.resolve`.
-        console: where to tell what was measured for balanced cuts.
-
-    Raises:
-        ConfigError: the settings do not fit one another.
-    """
-    try:
-        source = make_source(settings.data)
-        steps_per_epoch = source.steps_per_epoch(settings.batch_size)
-        layers = models.build(
-            **dataclasses.asdict(settings.model),
-            seed=settings.seed,
-            num_classes=source.num_classes,
-            in_shape=source.image_shape,
-            dtype=settings.dtype,
-        )
-        pipe = Pipeline(
-            layers,
-            loss=softmax_cross_entropy,
-            optimizer=make_optimizer(settings.optim, steps_per_epoch, settings.epochs),
-            method=make_method(settings.method),
-            num_stages=settings.num_stages,
-            cuts=make_cuts(settings, layers, source, console),
-            engine=settings.engine,
-        )
-    except (ValueError, TypeError) as error:
-        raise ConfigError(str(error)) from error
-    return pipe, source.placed(pipe.devices[0], pipe.devices[-1])
-
-
-def make_source(settings: DataSettings) -> Source:
-    """The data set that the settings name.
-
-    Raises:
-        ValueError: it is not there, or not as it should be.
-    """
-    if settings.source == "digits":
-        source: Source = data.digits()
-    elif settings.source == "arrays":
-        source = data.arrays(Path(settings.path).expanduser())
-    elif settings.source == "folder":
-        from fdg_jax.data.folder import folder  # here and below, since these need packages that other runs do not
-
-        source = folder(settings.path, resize=settings.resize or None)
-    else:
-        from fdg_jax.data.tfds import tfds
-
-        source = tfds(settings.name, settings.path or None)
-    side = min(source.image_shape[:2])
-    if settings.crop_padding > side:
-        raise ValueError(
-            f"config.data.crop_padding must be at most {side}, the side of an image; got {settings.crop_padding}"
-        )
-    source = source.augmented(settings.crop_padding, settings.flip)
-    return source.limited(settings.limit) if settings.limit else source
-
-
-def make_cuts(
-    settings: Settings, layers: Sequence[Any], source: Source, console: Console | None = None
-) -> str | tuple[int, ...]:
-    """The cuts as `Pipeline` takes them; those balanced by measurement are measured here, and told."""
-    model = settings.model
-    if settings.cuts == "published":
-        return models.published_cuts(model.name, model.depth, model.width, settings.num_stages)
-    if settings.cuts == "balanced":
-        balance = balanced_cuts(layers, _example_images(settings, source), settings.num_stages)
-        if console:
-            console.print(str(balance), highlight=False, markup=False, soft_wrap=True)
-        return balance.cuts
-    return settings.cuts
-
-
-def _example_images(settings: Settings, source: Source) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((settings.batch_size, *source.image_shape), jnp.float32)
-
-
-def make_method(settings: MethodSettings) -> Method:
-    """The method that the settings name; `bp` has no beta, policy or order."""
-    if settings.name == "bp":
-        return methods.bp()
-    return methods.fdg(settings.beta, settings.policy, settings.order)
-
-
-def make_optimizer(settings: OptimSettings, steps_per_epoch: int, epochs: int) -> optax.GradientTransformation:
-    """The optimizer with its learning rate as a function of updates; the settings count epochs."""
-    warmup_steps = round(settings.warmup_epochs * steps_per_epoch)
-    rate: optax.ScalarOrSchedule = settings.learning_rate
-    if settings.schedule == "cosine":
-        rate = optim.cosine(settings.learning_rate, epochs * steps_per_epoch, warmup_steps)
-    elif settings.schedule == "piecewise":
-        boundaries = [epoch * steps_per_epoch for epoch in settings.milestones]
-        rate = optim.piecewise(
-            settings.learning_rate, boundaries, settings.decay_factor, warmup_steps, settings.warmup_factor
-        )
-    if settings.name == "sgd":
-        return optim.sgd(rate, settings.momentum, settings.weight_decay, settings.nesterov)
-    return optax.adamw(rate, weight_decay=settings.weight_decay)
 
 
 def _make_workdir(workdir: Path, settings: Settings) -> None:

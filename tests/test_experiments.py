@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fdg_jax import models
+from fdg_jax.build import build
 from fdg_jax.config import OptimSettings, resolve
-from fdg_jax.train import build
 
 FILES = sorted((Path(__file__).parents[1] / "experiments").glob("*.py"))
 

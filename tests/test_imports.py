@@ -27,6 +27,7 @@ ROWS = [
     ["engine.mpmd", "overview", "checks"],
     ["pipeline", "balance"],
     ["checkpoint", "config", "console"],
+    ["build"],
     ["train"],
     ["main"],
 ]
@@ -42,7 +43,7 @@ PLACES = {
     "absl": {"main"},
     "orbax": {"checkpoint"},
     "tensorboardX": {"metrics"},
-    "rich": {"console", "train", "main", "data.decode"},
+    "rich": {"build", "console", "train", "main", "data.decode"},
     "PIL": {"data.decode", "data.stream", "data.cifar"},
     "grain": {"data.stream"},
     "requests": {"data.cifar"},

@@ -11,11 +11,12 @@ from PIL import Image
 from rich.console import Console
 
 from fdg_jax import schedule
+from fdg_jax.build import build, make_method, make_optimizer
 from fdg_jax.checkpoint import Weights, load_weights
 from fdg_jax.config import ConfigError, DataSettings, MethodSettings, ModelSettings, OptimSettings, Settings
 from fdg_jax.data import ArraySource, digits
 from fdg_jax.metrics import softmax_cross_entropy
-from fdg_jax.train import RunFailed, _signals, build, evaluate, make_method, make_optimizer, train_and_evaluate
+from fdg_jax.train import RunFailed, _signals, evaluate, train_and_evaluate
 
 SMALL = Settings(
     seed=3,

@@ -132,12 +132,7 @@ class ArraySource:
         Raises:
             ValueError: there is not one whole batch.
         """
-        steps = self.num_train // batch_size
-        if not steps:
-            raise ValueError(
-                f"batch_size must be at most {self.num_train}, the training images of {self.name}; got {batch_size}"
-            )
-        return steps
+        return whole_batches(self, batch_size)
 
     def batch(self, seed: int, i: int, batch_size: int) -> Batch:
         """Images (B, H, W, C) float32 and labels (B,) int32 of training batch i: a function of its arguments alone.
@@ -187,6 +182,16 @@ class ArraySource:
     @cached_property
     def _labels_on_device(self) -> jax.Array:
         return jax.device_put(self.train_labels.astype(np.int32), self.label_device)
+
+
+def whole_batches(source: Source, batch_size: int) -> int:
+    """How many there are in the training images; ValueError where there is none."""
+    steps = source.num_train // batch_size
+    if not steps:
+        raise ValueError(
+            f"batch_size must be at most {source.num_train}, the training images of {source.name}; got {batch_size}"
+        )
+    return steps
 
 
 def chosen(seed: jax.Array, i: jax.Array, size: int, batch_size: int) -> jax.Array:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from fdg_jax.data.augment import normalise
 from fdg_jax.data.shuffle import shuffled
-from fdg_jax.data.source import Array, Batch, chosen
+from fdg_jax.data.source import Array, Batch, chosen, whole_batches
 
 SAMPLE = 512  # images whose mean and deviation stand for those of the whole set
 EVALUATION_MARGIN = 256 / 224  # the shorter side before the centre is cut out, in sides of the crop
@@ -106,12 +106,7 @@ class StreamSource:
         Raises:
             ValueError: there is not one whole batch.
         """
-        steps = self.num_train // batch_size
-        if not steps:
-            raise ValueError(
-                f"batch_size must be at most {self.num_train}, the training images of {self.name}; got {batch_size}"
-            )
-        return steps
+        return whole_batches(self, batch_size)
 
     def batch(self, seed: int, i: int, batch_size: int) -> Batch:
         """Images (B, H, W, C) float32 and labels (B,) int32 of training batch i: a function of its arguments alone."""

@@ -1,0 +1,123 @@
+"""From settings to what a run is made of: data, network, cuts, method, optimizer, pipeline."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from rich.console import Console
+
+from fdg_jax import data, methods, models, optim
+from fdg_jax.balance import balanced_cuts
+from fdg_jax.config import ConfigError, DataSettings, MethodSettings, OptimSettings, Settings
+from fdg_jax.data import Source
+from fdg_jax.methods import Method
+from fdg_jax.metrics import softmax_cross_entropy
+from fdg_jax.pipeline import Pipeline
+
+
+def build(settings: Settings, console: Console | None = None) -> tuple[Pipeline, Source]:
+    """The pipeline and the data of a run.
+
+    Args:
+        settings: from `config.resolve`.
+        console: where to tell what was measured for balanced cuts.
+
+    Raises:
+        ConfigError: the settings do not fit one another.
+    """
+    try:
+        source = make_source(settings.data)
+        steps_per_epoch = source.steps_per_epoch(settings.batch_size)
+        layers = models.build(
+            **dataclasses.asdict(settings.model),
+            seed=settings.seed,
+            num_classes=source.num_classes,
+            in_shape=source.image_shape,
+            dtype=settings.dtype,
+        )
+        pipe = Pipeline(
+            layers,
+            loss=softmax_cross_entropy,
+            optimizer=make_optimizer(settings.optim, steps_per_epoch, settings.epochs),
+            method=make_method(settings.method),
+            num_stages=settings.num_stages,
+            cuts=make_cuts(settings, layers, source, console),
+            engine=settings.engine,
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+    return pipe, source.placed(pipe.devices[0], pipe.devices[-1])
+
+
+def make_source(settings: DataSettings) -> Source:
+    """The data set that the settings name.
+
+    Raises:
+        ValueError: it is not there, or not as it should be.
+    """
+    if settings.source == "digits":
+        source: Source = data.digits()
+    elif settings.source == "arrays":
+        source = data.arrays(Path(settings.path).expanduser())
+    elif settings.source == "folder":
+        from fdg_jax.data.folder import folder  # here and below, since these need packages that other runs do not
+
+        source = folder(settings.path, resize=settings.resize or None)
+    else:
+        from fdg_jax.data.tfds import tfds
+
+        source = tfds(settings.name, settings.path or None)
+    side = min(source.image_shape[:2])
+    if settings.crop_padding > side:
+        raise ValueError(
+            f"config.data.crop_padding must be at most {side}, the side of an image; got {settings.crop_padding}"
+        )
+    source = source.augmented(settings.crop_padding, settings.flip)
+    return source.limited(settings.limit) if settings.limit else source
+
+
+def make_cuts(
+    settings: Settings, layers: Sequence[Any], source: Source, console: Console | None = None
+) -> str | tuple[int, ...]:
+    """The cuts as `Pipeline` takes them; those balanced by measurement are measured here, and told."""
+    model = settings.model
+    if settings.cuts == "published":
+        return models.published_cuts(model.name, model.depth, model.width, settings.num_stages)
+    if settings.cuts == "balanced":
+        balance = balanced_cuts(layers, example_images(settings, source), settings.num_stages)
+        if console:
+            console.print(str(balance), highlight=False, markup=False, soft_wrap=True)
+        return balance.cuts
+    return settings.cuts
+
+
+def example_images(settings: Settings, source: Source) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a batch of images."""
+    return jax.ShapeDtypeStruct((settings.batch_size, *source.image_shape), jnp.float32)
+
+
+def make_method(settings: MethodSettings) -> Method:
+    """The method that the settings name; `bp` has no beta, policy or order."""
+    if settings.name == "bp":
+        return methods.bp()
+    return methods.fdg(settings.beta, settings.policy, settings.order)
+
+
+def make_optimizer(settings: OptimSettings, steps_per_epoch: int, epochs: int) -> optax.GradientTransformation:
+    """The optimizer with its learning rate as a function of updates; the settings count epochs."""
+    warmup_steps = round(settings.warmup_epochs * steps_per_epoch)
+    rate: optax.ScalarOrSchedule = settings.learning_rate
+    if settings.schedule == "cosine":
+        rate = optim.cosine(settings.learning_rate, epochs * steps_per_epoch, warmup_steps)
+    elif settings.schedule == "piecewise":
+        boundaries = [epoch * steps_per_epoch for epoch in settings.milestones]
+        rate = optim.piecewise(
+            settings.learning_rate, boundaries, settings.decay_factor, warmup_steps, settings.warmup_factor
+        )
+    if settings.name == "sgd":
+        return optim.sgd(rate, settings.momentum, settings.weight_decay, settings.nesterov)
+    return optax.adamw(rate, weight_decay=settings.weight_decay)
