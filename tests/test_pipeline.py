@@ -258,16 +258,27 @@ def test_bfloat16_trains_under_every_policy_with_float32_parameters(policy):
     assert pipe._started().plan.shapes[1].dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("stack", [True, False])
-@pytest.mark.parametrize("network", [models.resnet_cifar, models.mlp])
-def test_current_refreshes_every_parameter_in_bfloat16_too(network, stack):
+@pytest.mark.parametrize(
+    ("network", "depth", "width", "cut", "stack"),
+    [
+        (models.resnet_cifar, 20, 4, 4, True),
+        (models.resnet_cifar, 20, 4, 4, False),
+        (models.mlp, 20, 4, 6, True),
+        (models.mlp, 20, 4, 6, False),
+        (models.resnet, 18, 4, 4, False),
+        (models.resnet, 50, 4, 3, False),
+        (models.wrn, 10, 1, 3, False),
+    ],
+)
+def test_current_refreshes_every_parameter_in_bfloat16_too(network, depth, width, cut, stack):
     """The backward of a bfloat16 memo with weights that have changed a lot is that of the float32 stage, which the
     oracle pins, up to the rounding of the backward itself. One stale cast of a weight would be off by half."""
     images = tiny_batches(1, (8, 8, 1), 16)[0][0]
 
     def first_stage(dtype):
-        network_layers = network(20, rngs=nnx.Rngs(1), width=4, num_classes=3, in_shape=(8, 8, 1), dtype=dtype)
-        pipe = make_pipeline(network_layers, cuts=(4,), stack=stack, method=methods.fdg(0.5, "current"))
+        size = {"width": width, "num_classes": 3, "in_shape": (8, 8, 1)}
+        network_layers = network(depth, rngs=nnx.Rngs(1), dtype=dtype, **size)
+        pipe = make_pipeline(network_layers, cuts=(cut,), stack=stack, method=methods.fdg(0.5, "current"))
         state = pipe.init(KEY, images)
         return pipe._started().workers[0].trace, state.stages[0]
 
