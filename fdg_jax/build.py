@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,19 @@ from fdg_jax.metrics import softmax_cross_entropy
 from fdg_jax.pipeline import Pipeline
 
 
-def build(settings: Settings, console: Console | None = None) -> tuple[Pipeline, Source]:
+def build(
+    settings: Settings,
+    console: Console | None = None,
+    cuts: tuple[int, ...] | None = None,
+    updates_before: int = 0,
+) -> tuple[Pipeline, Source]:
     """The pipeline and the data of a run.
 
     Args:
         settings: from `config.resolve`.
         console: where to tell what was measured for balanced cuts.
+        cuts: those of a run that goes on, which a measurement would not find again.
+        updates_before: at which the learning rate's schedule begins.
 
     Raises:
         ConfigError: the settings do not fit one another.
@@ -42,11 +50,12 @@ def build(settings: Settings, console: Console | None = None) -> tuple[Pipeline,
         pipe = Pipeline(
             layers,
             loss=softmax_cross_entropy,
-            optimizer=make_optimizer(settings.optim, steps_per_epoch, settings.epochs),
+            optimizer=make_optimizer(settings.optim, steps_per_epoch, settings.epochs, updates_before),
             method=make_method(settings.method),
             num_stages=settings.num_stages,
-            cuts=make_cuts(settings, layers, source, console),
+            cuts=cuts or make_cuts(settings, layers, source, console),
             engine=settings.engine,
+            skip_nonfinite=settings.on_nan == "skip",
         )
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
@@ -100,6 +109,16 @@ def example_images(settings: Settings, source: Source) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((settings.batch_size, *source.image_shape), jnp.float32)
 
 
+def described(source: Source) -> dict[str, Any]:
+    """What a run that goes on must find again, as JSON."""
+    return {
+        "name": source.name,
+        "training images": source.num_train,
+        "image shape": list(source.image_shape),
+        "classes": source.num_classes,
+    }
+
+
 def make_method(settings: MethodSettings) -> Method:
     """The method that the settings name; `bp` has no beta, policy or order."""
     if settings.name == "bp":
@@ -107,8 +126,10 @@ def make_method(settings: MethodSettings) -> Method:
     return methods.fdg(settings.beta, settings.policy, settings.order)
 
 
-def make_optimizer(settings: OptimSettings, steps_per_epoch: int, epochs: int) -> optax.GradientTransformation:
-    """The optimizer with its learning rate as a function of updates; the settings count epochs."""
+def make_optimizer(
+    settings: OptimSettings, steps_per_epoch: int, epochs: int, updates_before: int = 0
+) -> optax.GradientTransformation:
+    """The optimizer with its learning rate as a function of updates, of those before too; settings count epochs."""
     warmup_steps = round(settings.warmup_epochs * steps_per_epoch)
     rate: optax.ScalarOrSchedule = settings.learning_rate
     if settings.schedule == "cosine":
@@ -118,6 +139,12 @@ def make_optimizer(settings: OptimSettings, steps_per_epoch: int, epochs: int) -
         rate = optim.piecewise(
             settings.learning_rate, boundaries, settings.decay_factor, warmup_steps, settings.warmup_factor
         )
+    if updates_before and callable(rate):
+        rate = partial(_later, rate, updates_before)
     if settings.name == "sgd":
         return optim.sgd(rate, settings.momentum, settings.weight_decay, settings.nesterov)
     return optax.adamw(rate, weight_decay=settings.weight_decay)
+
+
+def _later(schedule: optax.Schedule, updates_before: int, count: jax.Array) -> jax.Array:
+    return schedule(count + updates_before)

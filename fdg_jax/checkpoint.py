@@ -1,5 +1,15 @@
-"""Parameters on disk, by Orbax. Resuming a run from the middle of its pipeline is still to come."""
+"""Runs on disk: checkpoints written by Orbax beside the training, complete or not there at all, and trained weights.
 
+Every folder is sealed (see `sealed`), and what is damaged never reaches Orbax. Nothing is unpickled.
+"""
+
+import json
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,7 +17,11 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as orbax
 
+from fdg_jax.sealed import Damaged, remove, seal, sweep, verify
+from fdg_jax.snapshot import Snapshot
+
 PyTree = Any
+RECORD, ARRAYS, WEIGHTS = "record.json", "arrays", "weights"
 
 
 class Weights(NamedTuple):
@@ -22,10 +36,12 @@ def save_weights(folder: Path, weights: Weights) -> None:
 
     Raises:
         ValueError: the folder exists; nothing is overwritten.
+        OSError: it cannot be written.
     """
     if folder.exists():
         raise ValueError(f"{folder} already exists, and nothing is overwritten")
-    orbax.save(folder.absolute(), jax.tree.map(np.asarray, weights._asdict()))
+    host = jax.tree.map(np.asarray, weights._asdict())
+    seal(folder, lambda inside: _save_tree(inside / WEIGHTS, host))
 
 
 def load_weights(folder: Path, like: Weights | None = None) -> Weights:
@@ -35,5 +51,175 @@ def load_weights(folder: Path, like: Weights | None = None) -> Weights:
         folder: the one given to `save_weights`.
         like: weights of the same network, of which only structure and shapes matter; without it the keys of dicts come
             back as strings.
+
+    Raises:
+        Damaged: it is not there, or not as it was written.
+        ValueError: it holds another network's weights.
     """
-    return Weights(**orbax.load(folder.absolute(), like._asdict() if like else None))
+    verify(folder)
+    try:
+        with _quiet():
+            return Weights(**orbax.load((folder / WEIGHTS).absolute(), like._asdict() if like else None))
+    except Exception as error:
+        if like is None:
+            raise Damaged(f"{folder} cannot be read: {_first_line(error)}") from error
+        raise ValueError(f"{folder} holds the weights of another network: {_first_line(error)}") from error
+
+
+def read_checkpoint(folder: Path) -> tuple[Snapshot, dict[str, Any]]:
+    """A snapshot, its arrays on the host, and what was noted with it.
+
+    Raises:
+        Damaged: the folder is not as it was written.
+    """
+    verify(folder)
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        shapes = [np.empty(a["shape"], np.dtype(a["dtype"])) for a in record["snapshot"]["arrays"]]
+        like = {str(number): leaf for number, leaf in enumerate(shapes) if leaf.size}
+        with _quiet():
+            found = orbax.load((folder / ARRAYS).absolute(), like)
+        return Snapshot([found.get(str(n), leaf) for n, leaf in enumerate(shapes)], record["snapshot"]), record["notes"]
+    except Exception as error:
+        raise Damaged(f"{folder} cannot be read: {_first_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the writing of a checkpoint ended: `error` is None where it is complete."""
+
+    step: int
+    folder: Path
+    error: str | None
+
+
+class Checkpoints:
+    """The checkpoints of one run, written in the background, the newest `keep_last` and the best kept.
+
+    Args:
+        folder: made with the first checkpoint.
+        keep_last: how many of the newest to keep.
+        keep_best: and how many of those with the lowest "test_error" in their notes.
+    """
+
+    def __init__(self, folder: Path, keep_last: int = 2, keep_best: int = 0):
+        self.folder, self._keep_last, self._keep_best = folder, keep_last, keep_best
+        self._thread: threading.Thread | None = None
+        self._outcomes: list[Outcome] = []
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.folder / f"step_{step:09d}"
+
+    def complete(self) -> list[Path]:
+        """Folders of the complete checkpoints, oldest first."""
+        return sorted(path for path in self.folder.glob("step_*") if re.fullmatch(r"step_\d{9,}", path.name))
+
+    def sweep(self) -> None:
+        """Removes what a killed run left half written or half removed. Only its owner may call this."""
+        sweep(self.folder)
+
+    def set_aside(self, path: Path) -> None:
+        """Renames a damaged checkpoint, so that it counts no more; nothing is deleted."""
+        target, number = path.with_name(f"{path.name}.damaged"), 2
+        while target.exists():
+            target, number = path.with_name(f"{path.name}.damaged-{number}"), number + 1
+        path.rename(target)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def save(
+        self,
+        step: int,
+        snapshot: Snapshot,
+        notes: Mapping[str, Any],
+        unfit: Callable[[Snapshot], bool] = lambda snapshot: False,
+    ) -> None:
+        """Begins to write a checkpoint; `outcomes` tells how it went. Waits for the one before.
+
+        Args:
+            step: batches fed so far.
+            snapshot: from `snapshot.take`.
+            notes: JSON, given back by `read_checkpoint`.
+            unfit: looks at the snapshot when it is on the host; one that it refuses is silently not written.
+        """
+        self.wait()
+        # A daemon, since Python waits for others before it exits: a second Ctrl-C must not wait for a disk.
+        self._thread = threading.Thread(target=self._save, args=(step, [snapshot], dict(notes), unfit), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is complete or has failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def outcomes(self) -> list[Outcome]:
+        """Of the checkpoints that ended since the last call."""
+        ended, self._outcomes = self._outcomes, []
+        return ended
+
+    def _save(self, step: int, snapshots: list[Snapshot], notes: dict, unfit: Callable) -> None:
+        snapshot = snapshots.pop()  # the only reference: the copies on the devices go as soon as they are on the host
+        folder = self.path(step)
+        error = None
+        try:
+            arrays = [np.asarray(leaf) for leaf in jax.device_get(snapshot.arrays)]
+            if unfit(snapshot := Snapshot(arrays, snapshot.record)):
+                return
+
+            def write(inside: Path) -> None:
+                _save_tree(inside / ARRAYS, {str(number): leaf for number, leaf in enumerate(arrays) if leaf.size})
+                (inside / RECORD).write_text(json.dumps({"snapshot": snapshot.record, "notes": notes}))
+
+            self.folder.mkdir(exist_ok=True)
+            seal(folder, write, sum(leaf.nbytes for leaf in arrays))
+            self._retire()
+        except Exception as failure:  # whatever it is, training need not end for it
+            error = _first_line(failure)
+        self._outcomes.append(Outcome(step, folder, error))
+
+    def _retire(self) -> None:
+        paths = self.complete()
+        kept = set(paths[-self._keep_last :])
+        if self._keep_best:
+            errors = [(error, path) for path in paths if (error := _test_error(path)) is not None]
+            kept.update(path for _, path in sorted(errors)[: self._keep_best])
+        for path in paths:
+            if path not in kept:
+                remove(path)
+
+
+def _test_error(folder: Path) -> float | None:
+    try:
+        return json.loads((folder / RECORD).read_text())["notes"].get("test_error")
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _save_tree(folder: Path, tree: PyTree) -> None:
+    context = orbax.Context()
+    context.array.saving.use_compression = False  # took nine tenths of the time, and saved a tenth of the bytes
+    with context, _quiet():
+        orbax.save(folder.absolute(), tree)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax logs an error once a thread; the caller tells it in one line."""
+    logger = logging.getLogger("absl")
+    drop = lambda record: False  # noqa: E731
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

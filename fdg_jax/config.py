@@ -24,6 +24,8 @@ METHODS = ("bp", "fdg")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 RATE_SCHEDULES = ("constant", "piecewise", "cosine")
 DTYPES = ("float32", "bfloat16")
+RESUMES = ("auto", "params", "never")  # go on where the workdir stands; with its weights alone; refuse a used one
+ON_NAN = ("stop", "skip")
 
 
 class ConfigError(ValueError):
@@ -84,6 +86,18 @@ class OptimSettings:
 
 
 @dataclass(frozen=True)
+class CheckpointSettings:
+    """`config.checkpoint`: when the whole state is saved, what is kept, and how a run goes on."""
+
+    every_steps: int = 0  # 0 for never; one of the last step, and of the moment a signal arrives, is always saved
+    every_minutes: float = 10.0  # the same
+    keep_last: int = 2
+    keep_best: int = 1  # of those with the lowest test error; then every evaluation that is the best so far is saved
+    required: bool = False  # the run fails where two in a row, or the last, cannot be written
+    resume: str = "auto"  # one of RESUMES
+
+
+@dataclass(frozen=True)
 class Settings:
     """`config`, the whole of it."""
 
@@ -95,10 +109,13 @@ class Settings:
     batch_size: int = 128
     dtype: str = "float32"  # of the computation; parameters and updates are float32
     log_every_steps: int = 50
+    init_from: str = ""  # weights to begin with: of a run's workdir, of one of its checkpoints, or its params folder
+    on_nan: str = "stop"  # at the next log; or "skip" the update of every stage for a batch whose loss is not finite
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     method: MethodSettings = field(default_factory=MethodSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
 
 
 def default_config() -> ConfigDict:
@@ -135,14 +152,15 @@ def smoke(config: ConfigDict) -> None:
     config.data.update({"source": "digits", "limit": 256, "crop_padding": 1})
 
 
-def _dotted(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
-    names = []
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Its leaves by dotted names."""
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        names += _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [prefix + key]
-    return names
+        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return leaves
 
 
-CONFIG_KEYS = tuple(_dotted(dataclasses.asdict(Settings())))  # dotted, as typed after --config.
+CONFIG_KEYS = tuple(_flat(dataclasses.asdict(Settings())))  # dotted, as typed after --config.
 
 
 def resolve(config: Mapping[str, Any]) -> Settings:
@@ -196,6 +214,29 @@ def _typed(name: str, value: Any, default: Any) -> Any:
     return value
 
 
+def differences(saved: Mapping[str, Any], settings: Settings) -> list[str]:
+    """Where the settings of a saved run are others, of those that its trajectory depends on: "config.seed was 0, is 1".
+
+    What may change: how often is logged and saved, what happens at a NaN, where the data lie, and the number of epochs
+    unless the learning rate follows it.
+    """
+    free = {"log_every_steps", "on_nan", "init_from", "engine", "data.path"}
+    if settings.optim.schedule != "cosine":
+        free.add("epochs")
+    default, asked = _flat(dataclasses.asdict(Settings())), _flat(dataclasses.asdict(settings))
+    given = {**default, **_flat(saved)}  # a run of before a key existed did what is now its default
+    return [
+        f"config.{key} was {_shown(given[key])}, is {_shown(asked[key])}"
+        for key in asked
+        if key not in free and not key.startswith("checkpoint.") and _shown(given[key]) != _shown(asked[key])
+    ]
+
+
+def _shown(value: Any) -> str:
+    """The same for a tuple and the list that JSON makes of it."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def _parse_cuts(cuts: Any) -> str | tuple[int, ...]:
     """Cuts as typed on a command line: a word, or numbers like 3,6 or (3, 6)."""
     if not isinstance(cuts, str):
@@ -218,6 +259,8 @@ def _check(settings: Settings) -> None:
         ("method", settings.method.name, METHODS),
         ("optimizer", settings.optim.name, OPTIMIZERS),
         ("learning rate schedule", settings.optim.schedule, RATE_SCHEDULES),
+        ("resume", settings.checkpoint.resume, RESUMES),
+        ("on_nan", settings.on_nan, ON_NAN),
     ):
         check_name(kind, name, valid)
     if not isinstance(settings.cuts, str) and len(settings.cuts) + 1 != settings.num_stages:
@@ -244,6 +287,10 @@ def _check(settings: Settings) -> None:
         ("optim.momentum", optim.momentum, 0),
         ("optim.weight_decay", optim.weight_decay, 0),
         ("optim.warmup_epochs", optim.warmup_epochs, 0),
+        ("checkpoint.every_steps", settings.checkpoint.every_steps, 0),
+        ("checkpoint.every_minutes", settings.checkpoint.every_minutes, 0),
+        ("checkpoint.keep_last", settings.checkpoint.keep_last, 1),
+        ("checkpoint.keep_best", settings.checkpoint.keep_best, 0),
     ):
         if not value >= low or not math.isfinite(value):
             raise ConfigError(f"config.{name} must be finite and at least {low}; got {value}")

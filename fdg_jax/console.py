@@ -13,13 +13,14 @@ class RunDisplay:
         num_steps: batches of the whole run.
         num_epochs: of the whole run.
         console: where to write; `rich` decides whether it is a terminal.
+        step: batches fed before, of a run that goes on.
     """
 
-    def __init__(self, num_steps: int, num_epochs: int, console: Console):
+    def __init__(self, num_steps: int, num_epochs: int, console: Console, step: int = 0):
         self.console, self._num_epochs = console, num_epochs
         columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[latest]}"))
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._progress.add_task("", total=num_steps, latest="compiling")
+        self._task = self._progress.add_task("", total=num_steps, completed=step, latest="compiling")
         self._width = len(str(num_steps))
 
     def __enter__(self) -> "RunDisplay":

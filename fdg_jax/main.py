@@ -18,10 +18,12 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
-from fdg_jax.config import CONFIG_KEYS, ConfigError, resolve
+from fdg_jax.config import CONFIG_KEYS, ConfigError, Settings, resolve
 from fdg_jax.console import describe_metrics
 from fdg_jax.names import check_name
-from fdg_jax.train import RunFailed, train_and_evaluate
+from fdg_jax.resume import goes_on
+from fdg_jax.saving import RunFailed
+from fdg_jax.train import train_and_evaluate
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -31,7 +33,10 @@ _CONFIG = config_flags.DEFINE_config_file(
     lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder for the settings, metrics and weights; by default runs/ and the name of the experiment."
+    "workdir",
+    None,
+    "Folder for the settings, metrics, checkpoints and weights, in which a run that was stopped goes on; by default "
+    "runs/ and the name of the experiment.",
 )
 
 
@@ -47,22 +52,19 @@ def main(argv: Sequence[str]) -> int:
         make_devices(settings.num_stages)
         if _WORKDIR.value == "":
             raise ConfigError("--workdir is empty; name a folder, or leave it out for one under runs/")
-        workdir = Path(_WORKDIR.value) if _WORKDIR.value else _free_workdir(Path("runs") / _experiment_name())
+        base = Path("runs") / _experiment_name()
+        workdir = Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(base, settings)
         result = train_and_evaluate(settings, workdir, console)
     except ConfigError as error:
         return _complain(error, 2)
     except RunFailed as error:
         return _complain(error, 1)
     except KeyboardInterrupt:
-        return _complain("stopped at once; what was written up to the last log is kept", 130)
-    if result.stopped_by is None:
-        summary = (
-            f"{describe_metrics(result.metrics)}  after {result.seconds:.1f} s; weights and metrics are in {workdir}"
-        )
-    else:
-        summary = f"stopped early; weights and metrics are in {workdir}"
-    console.print(summary, highlight=False, markup=False, soft_wrap=True)
-    return 0 if result.stopped_by is None else 128 + result.stopped_by
+        _complain("stopped at once; what was written before is kept", 130)
+        os._exit(130)  # not to wait for the devices, nor for what is being written
+    line = result.summary if result.stopped_by else f"{describe_metrics(result.metrics)}  {result.summary}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 128 + result.stopped_by if result.stopped_by else 0
 
 
 def make_devices(num_stages: int) -> None:
@@ -99,10 +101,10 @@ def _experiment_name() -> str:
     return Path(_config_file()).stem
 
 
-def _free_workdir(base: Path) -> Path:
-    """The folder, or the next like it that does not exist: runs/digits, runs/digits-2, .."""
+def default_workdir(base: Path, settings: Settings) -> Path:
+    """The folder, or the next like it, that does not exist or holds this very run unfinished: runs/digits, -2, .."""
     candidate, number = base, 2
-    while candidate.exists():
+    while candidate.exists() and not goes_on(candidate, settings):
         candidate, number = base.with_name(f"{base.name}-{number}"), number + 1
     return candidate
 

@@ -1,7 +1,10 @@
 """What is measured: the loss and its metrics on a batch, sums over a test set, and the files that numbers go to."""
 
+import contextlib
 import json
 import math
+import os
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -73,25 +76,65 @@ def masked_sums(loss: Callable, outputs: PyTree, targets: PyTree, mask: jax.Arra
 class MetricWriter:
     """Appends to `metrics.jsonl`, one object a line, and writes TensorBoard events under the same tags.
 
+    Both are on their way to the disk when `write` returns: what a killed process measured is not lost.
+
     Args:
         workdir: an existing folder.
+        last_step: of a run that goes on, the last step whose numbers stand; later ones, and a line that was cut off,
+            are taken out, since the run makes them again.
     """
 
-    def __init__(self, workdir: Path):
-        from tensorboardX import SummaryWriter  # only a run with a workdir needs it
+    def __init__(self, workdir: Path, last_step: int | None = None):
+        from tensorboardX.event_file_writer import EventsWriter  # only a run with a workdir needs it
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
 
-        self._lines = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._events = SummaryWriter(logdir=str(workdir))
+        self._path = workdir / "metrics.jsonl"
+        if last_step is not None:
+            _drop_later(self._path, last_step)
+        self._lines = self._path.open("a", encoding="utf-8")
+        # Its SummaryWriter writes from a thread, and waits for ever once the disk is full and the thread dead.
+        self._event_type, self._scalar = Event, scalar
+        self._events = EventsWriter(str(workdir / "events"), f".{os.getpid()}")
+        if last_step is not None:
+            start = SessionLog(status=SessionLog.START)  # hides the events of this step and later ones
+            self._events.write_event(Event(step=last_step + 1, session_log=start, wall_time=time.time()))
 
     def write(self, step: int, epoch: float, time_s: float, values: Mapping[str, float]) -> None:
-        """One moment of the run: batches and epochs fed, seconds since the start, and what was measured, by tag."""
+        """One moment of the run: batches and epochs fed, seconds since the start, and what was measured, by tag.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         line = {"step": step, "epoch": round(epoch, 4), "time_s": round(time_s, 3), **finite}
         self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()
         for tag, value in values.items():
-            self._events.add_scalar(tag, value, step)
+            event = self._event_type(step=step, summary=self._scalar(tag, value), wall_time=time.time())
+            self._events.write_event(event)
+        self._events.flush()
 
     def close(self) -> None:
         self._lines.close()
         self._events.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, but for one that was cut off by a crash; none where there is no file."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
+    return lines
+
+
+def _drop_later(path: Path, last_step: int) -> None:
+    kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= last_step]
+    new = path.with_name(path.name + ".new")
+    new.write_text("".join(kept), encoding="utf-8")
+    new.replace(path)

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from fdg_jax import schedule as schedules
+from fdg_jax import snapshot as snapshots
 from fdg_jax.checks import (
     array_shapes,
     batch_shapes,
@@ -20,12 +21,14 @@ from fdg_jax.checks import (
     using,
     without_batch,
 )
-from fdg_jax.engine.base import Engine, Loss, Metrics, Plan, PyTree, State
+from fdg_jax.engine.base import NO_FAULT, Engine, Fault, FirstFault, Loss, Metrics, Plan, PyTree, State
 from fdg_jax.engine.mpmd import Mpmd
 from fdg_jax.methods import Method
 from fdg_jax.names import check_name
 from fdg_jax.overview import Forecast, forecast, overview
 from fdg_jax.partition import assign_devices, resolve_cuts
+from fdg_jax.schedule import BACKWARD, Op
+from fdg_jax.snapshot import Snapshot
 from fdg_jax.stacking import optimizer_allows
 from fdg_jax.stage import Stage, as_layers, describe, group_layers, init_layers
 
@@ -49,6 +52,11 @@ class Pipeline:
         engine: "mpmd", one program a stage and device.
         devices: `jax.devices()` by default; with fewer than K, stages share them in order.
         stack: whether runs of equal layers are stacked and scanned, where that is exact and costs no time.
+        skip_nonfinite: whether a batch whose loss is not finite moves no weights. Its answer carries NaN to every
+            stage, and each keeps its parameters and its optimizer state, number of updates included, as they were.
+            Where the loss is finite and a gradient overflows in stage k, stages k, k-1, .., 0 keep theirs; the later
+            ones have moved already. Module state moves with the forward: a stage keeps all of its own where the new one
+            is not finite. The means of `read_metrics` leave out batches whose loss is not finite.
 
     Raises:
         ValueError, TypeError: for an argument that is none of these.
@@ -66,6 +74,7 @@ class Pipeline:
         engine: str = "mpmd",
         devices: Sequence[jax.Device] | None = None,
         stack: bool = True,
+        skip_nonfinite: bool = False,
     ):
         check_name("engine", engine, ENGINES)
         check_ingredients(layers, loss, optimizer, method, devices)
@@ -76,7 +85,7 @@ class Pipeline:
         schedules.validate(self.schedule)
         self.loss, self.optimizer, self.method = loss, optimizer, method
         self.devices = assign_devices(tuple(jax.devices() if devices is None else devices), self.num_stages)
-        self._engine_type, self._stack = ENGINES[engine], stack
+        self._engine_type, self._stack, self._skip_nonfinite = ENGINES[engine], stack, skip_nonfinite
         self._bounds = (0, *self.cuts, len(self.layers))
         # Known after `init`, and the targets after the first batch: what is compiled depends on it.
         self._engine: Engine | None = None
@@ -90,6 +99,7 @@ class Pipeline:
         example_inputs: PyTree,
         params: Sequence[PyTree] | None = None,
         module_state: Sequence[PyTree] | None = None,
+        first_batch: int = 0,
     ) -> State:
         """The state before the first batch.
 
@@ -98,6 +108,8 @@ class Pipeline:
             example_inputs: inputs of a batch, or `jax.ShapeDtypeStruct`s; shapes and dtypes alone matter.
             params, module_state: to start from instead, as `params` and `module_state` of any pipeline of the same
                 layers give them; copied.
+            first_batch: number of the first batch to come, of which dropout is a function, for a run that begins with
+                the weights of another after so many batches.
 
         Raises:
             ValueError, TypeError: a layer fails on what it is given, or returns something else than arrays; the policy
@@ -115,9 +127,10 @@ class Pipeline:
             method=self.method,
             loss=self.loss,
             optimizer=self.optimizer,
+            skip_nonfinite=self._skip_nonfinite,
         )
         engine = self._engine_type(plan, self.devices)
-        state = engine.init(start_params, start_state, key_run)
+        state = engine.init(start_params, start_state, key_run, first_batch)
         self._engine, self._inputs, self._targets = engine, shapes[0], None
         self._forecasts = [forecast(self.schedule, k, own, engine.workers.get(k)) for k, own in enumerate(state.stages)]
         return state
@@ -215,6 +228,50 @@ class Pipeline:
         host = jax.tree.map(lambda leaf: np.array(leaf, copy=True), jax.device_get(per_stage))
         return [tree for stage, trees in zip(stages, host, strict=True) for tree in stage.unstack(trees)]
 
+    def snapshot(self, state: State) -> Snapshot:
+        """All of the state, batches in flight included, copied without waiting: training may go on at once.
+
+        The copies take as much memory on the devices as what they copy, until they are let go. Where an accelerator has
+        no such room they are made on the host, which waits for them.
+        """
+        with using(state, self.num_stages):
+            snapshot = snapshots.take(state)
+        return Snapshot(snapshot.arrays, {**snapshot.record, **self._identity()})
+
+    def restore(self, state: State, snapshot: Snapshot, example_targets: PyTree = None) -> State:
+        """The state of a snapshot, on this pipeline's devices, from which training goes on with the same bits.
+
+        Args:
+            state: from `init`; given up.
+            snapshot: with its arrays on the host, as `checkpoint.read_checkpoint` gives it.
+            example_targets: targets of a batch, or shapes; needed where they are a tree and not one array.
+
+        Raises:
+            Mismatch: it is of another network, method or cuts, or its memos are of another version of JAX.
+        """
+        engine = self._started()
+        snapshots.compare_runs(snapshot.record, self._identity())
+        targets = None if example_targets is None else batched_shapes("example_targets", example_targets)
+        with using(state, self.num_stages):
+            found = snapshots.put(snapshot, state, self.devices, engine.plan.shapes, targets)
+        for (k, batch), memo in found.memos.items():
+            if k in engine.workers:
+                snapshots.compare_memos(f"the memo of batch {batch} on stage {k}", memo, engine.workers[k].trace)
+        return found
+
+    def _identity(self) -> dict[str, Any]:
+        """What a snapshot must agree with, as JSON."""
+        stages = [[[slot.kind, slot.offset] for slot in slots] for slots in self.schedule.stages]
+        pipeline = {
+            "layers": [layer.name for layer in self.layers],
+            "num_stages": self.num_stages,
+            "cuts": list(self.cuts),
+            "method": str(self.method),
+            "schedule": {"name": self.schedule.name, "period": self.schedule.period, "stages": stages},
+            "groups": [list(stage.groups) for stage in self._started().plan.stages],
+        }
+        return {"pipeline": pipeline, "versions": snapshots.versions()}
+
     def read_metrics(self, state: State) -> tuple[State, dict[str, float]]:
         """Means over the batches that left the last stage since the last reading, and their number as "batches".
 
@@ -225,9 +282,30 @@ class Pipeline:
             totals = {name: float(total) for name, total in jax.device_get(own.totals).items()}
         batches = totals.pop("batches", 0.0)
         zeros = {name: np.zeros((), np.float32) for name in own.totals}
-        own = own._replace(totals=jax.device_put(zeros, own.batch.device))
+        own = own._replace(totals=jax.device_put(zeros, own.counts.device))
         means = {name: total / batches for name, total in totals.items()} if batches else {}
         return replace(state, stages=(*state.stages[:-1], own)), {**means, "batches": batches}
+
+    def faults(self, state: State) -> list[Fault]:
+        """What went wrong since the start, one entry a stage: batches answered with numbers that were not finite.
+
+        Every stage watches, with `skip_nonfinite` and without. Receiving what is not finite is a fault: what is lost
+        on one stage is counted on those before it as well, in later ticks.
+
+        Waits for the devices: call it at the cadence of the log, not in every step.
+        """
+        with using(state, self.num_stages):
+            counts = jax.device_get([own.counts for own in state.stages])
+        return [Fault(int(count), None if first == NO_FAULT else int(first)) for _, _, count, first in counts]
+
+    def first_fault(self, state: State) -> FirstFault | None:
+        """Where numbers first were not finite: the earliest tick, of stages that share it the last. None if nowhere.
+
+        Waits for the devices, as `faults` does.
+        """
+        met = [(k, fault.first_batch) for k, fault in enumerate(self.faults(state)) if fault.first_batch is not None]
+        places = [FirstFault(k, i, schedules.tick_of(self.schedule, k, Op(BACKWARD, i))) for k, i in met]
+        return min(places, key=lambda place: (place.tick, -place.stage), default=None)
 
     def show(self, ticks: int = 8) -> str:
         """The schedule's picture for a few ticks, then a line a stage: layers, delay, staleness, device, memory.

@@ -121,6 +121,11 @@ def num_ticks(schedule: Schedule, num_batches: int) -> int:
     return (num_batches - 1) * schedule.period + schedule.span if num_batches else 0
 
 
+def tick_of(schedule: Schedule, k: int, op: Op) -> int:
+    """The tick in which stage k performs `op`, counted from the one in which batch 0 enters."""
+    return op.batch * schedule.period + dict(schedule.stages[k])[op.kind]
+
+
 def validate(schedule: Schedule) -> None:
     """Checks that every operation finds its input, and that every batch is answered exactly once by every stage.
 

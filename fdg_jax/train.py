@@ -1,14 +1,13 @@
-"""The loop of a run: initialise, feed, log, evaluate, save."""
+"""The loop of a run: begin or go on, feed, log, evaluate, save."""
 
-import dataclasses
 import json
 import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,20 +15,19 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from fdg_jax.build import build, example_images
-from fdg_jax.checkpoint import Weights, save_weights
+from fdg_jax.build import described
+from fdg_jax.checkpoint import Checkpoints, Weights, save_weights
 from fdg_jax.config import ConfigError, Settings
 from fdg_jax.console import RunDisplay
 from fdg_jax.data import Source
 from fdg_jax.engine.base import State
-from fdg_jax.metrics import MetricWriter, masked_sums
+from fdg_jax.lock import Locked, locked
+from fdg_jax.metrics import MetricWriter, masked_sums, read_lines
 from fdg_jax.pipeline import Pipeline
+from fdg_jax.resume import Progress, begin, find
+from fdg_jax.saving import RunFailed, Saving
 
 T = TypeVar("T")
-
-
-class RunFailed(Exception):
-    """A run that cannot go on; one line that says where it stands."""
 
 
 @dataclass(frozen=True)
@@ -38,47 +36,89 @@ class Result:
 
     Attributes:
         metrics: the last test metrics, by tag.
-        seconds: of the training, compilation and evaluations included.
+        seconds: of the training, compilation and evaluations included, those before an interruption too.
         stopped_by: the signal that ended the run early, or None.
+        summary: where it ended and what is where, in a line.
     """
 
     metrics: dict[str, float]
     seconds: float
     stopped_by: int | None
+    summary: str
 
 
 def train_and_evaluate(settings: Settings, workdir: Path, console: Console) -> Result:
-    """Trains as the settings say and leaves in `workdir` the settings, the metrics and the final weights.
+    """Trains as the settings say and leaves in `workdir` the settings, the metrics, checkpoints and the final weights.
+
+    A workdir in which a run of these settings was stopped is where it goes on, to the same bits as if it never was.
 
     Args:
         settings: from `config.resolve`.
-        workdir: made here; it must not hold a run already.
+        workdir: made here.
         console: for what is printed.
 
     Raises:
-        ConfigError: the settings do not fit one another, or the workdir is taken. Nothing has been written.
-        RunFailed: the loss is no longer finite. What was written stays.
+        ConfigError: the settings fit neither one another nor the run in the workdir, or another process runs there.
+            Nothing has been written.
+        RunFailed: the loss is no longer finite, or what must be written cannot be. What was written stays.
     """
-    pipe, source = build(settings, console)
-    try:
-        state = pipe.init(jax.random.key(settings.seed), example_images(settings, source))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(str(error)) from error
-    _make_workdir(workdir, settings)
-    _announce(settings, pipe, source, workdir, console)
-    with closing(MetricWriter(workdir)) as writer, _signals(console) as received:
-        run = _Run(settings, pipe, source, writer, console)
-        state, metrics = run.train(state, received)
-    save_weights(workdir / "params", Weights(pipe.params(state), pipe.module_state(state)))
-    return Result(metrics, run.seconds, received[0] if received else None)
+    checkpoints = Checkpoints(workdir / "checkpoints", settings.checkpoint.keep_last, settings.checkpoint.keep_best)
+    with ExitStack() as stack:
+        if workdir.is_dir():
+            stack.enter_context(_owned(workdir, console))
+        found = find(settings, workdir, checkpoints, console)
+        pipe, source, state, progress = begin(settings, found, console)
+        if not workdir.is_dir():
+            stack.enter_context(_owned(workdir, console))
+        if done := _done(settings, source, workdir, progress):
+            return done
+        writer = stack.enter_context(closing(_writer(workdir, settings, progress.last_log if found else None)))
+        checkpoints.sweep()
+        _announce(settings, pipe, source, workdir, console)
+        received = stack.enter_context(_signals(console))
+        return _Run(settings, pipe, source, workdir, writer, checkpoints, progress, console).train(state, received)
 
 
-def _make_workdir(workdir: Path, settings: Settings) -> None:
+@contextmanager
+def _owned(workdir: Path, console: Console) -> Iterator[None]:
+    """The workdir, made where it is not there, and locked."""
+    with ExitStack() as stack:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            stale = stack.enter_context(locked(workdir))
+        except OSError as error:
+            raise ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}; choose another") from error
+        except Locked as error:
+            raise ConfigError(str(error)) from error
+        if stale:
+            console.print(f"{workdir} was locked by {stale}, which is gone", highlight=False, soft_wrap=True)
+        yield
+
+
+def _done(settings: Settings, source: Source, workdir: Path, progress: Progress) -> Result | None:
+    """What a run ended with that had nothing more to do.
+
+    Raises:
+        ConfigError: it went further than it is asked to.
+    """
+    num_steps = settings.epochs * source.steps_per_epoch(settings.batch_size)
+    if progress.step > num_steps:
+        raise ConfigError(
+            f"the run in {workdir} has taken {progress.step} steps, and config.epochs={settings.epochs} makes "
+            f"{num_steps}: ask for more epochs, or choose another --workdir"
+        )
+    if progress.step < num_steps or not (workdir / "params").is_dir():
+        return None
+    measured = [line for line in read_lines(workdir / "metrics.jsonl") if "test/loss" in line]
+    metrics = {tag: value for tag, value in measured[-1].items() if tag.startswith("test/")} if measured else {}
+    summary = f"finished already; ask for more config.epochs, or choose another --workdir than {workdir}"
+    return Result(metrics, progress.seconds, None, summary)
+
+
+def _writer(workdir: Path, settings: Settings, last_log: int | None) -> MetricWriter:
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if (workdir / "config.json").exists() or (workdir / "metrics.jsonl").exists():
-            raise ConfigError(f"{workdir} holds a run already, and nothing is overwritten: choose another --workdir")
-        (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
+        (workdir / "config.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
+        return MetricWriter(workdir, last_log)
     except OSError as error:
         raise ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}; choose another") from error
 
@@ -113,8 +153,9 @@ def _signals(console: Console) -> Iterator[list[int]]:
 
     def handle(number: int, frame: object) -> None:
         received.append(number)
-        signal.signal(number, previous[signal.Signals(number)])
-        console.print("stopping after this batch; press Ctrl-C again to stop at once", style="yellow")
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+        console.print("stopping after this batch to save it; press Ctrl-C again to stop at once", style="yellow")
 
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -128,65 +169,180 @@ def _signals(console: Console) -> Iterator[list[int]]:
 
 
 class _Run:
-    """The state of the loop that is not the pipeline's: clocks and the latest numbers."""
+    """The state of the loop that is not the pipeline's: where it stands, clocks and the latest numbers."""
 
-    def __init__(self, settings: Settings, pipe: Pipeline, source: Source, writer: MetricWriter, console: Console):
-        self.settings, self.pipe, self.source, self.writer = settings, pipe, source, writer
+    def __init__(
+        self,
+        settings: Settings,
+        pipe: Pipeline,
+        source: Source,
+        workdir: Path,
+        writer: MetricWriter,
+        checkpoints: Checkpoints,
+        progress: Progress,
+        console: Console,
+    ):
+        self.settings, self.pipe, self.source, self.workdir = settings, pipe, source, workdir
+        self.writer, self.checkpoints, self.progress, self.console = writer, checkpoints, progress, console
         self.per_epoch = source.steps_per_epoch(settings.batch_size)
         self.num_steps = settings.epochs * self.per_epoch
-        self.display = RunDisplay(self.num_steps, settings.epochs, console)
-        self.metrics: dict[str, float] = {}
-        self.started = time.perf_counter()
-        self.seconds = 0.0
-        self.last_log, self.last_log_at = 0, self.started
+        self.first_step = progress.step
+        self.display = RunDisplay(self.num_steps, settings.epochs, console, progress.step)
+        now = time.perf_counter()
+        self.started, self.last_log_at = now - progress.seconds, now - progress.seconds_since_log
+        stops = settings.on_nan == "stop"
+        self.saving = Saving(
+            settings.checkpoint, checkpoints, progress.step, lambda snapshot: stops and snapshot.faults > 0, console
+        )
 
-    def train(self, state: State, received: list[int]) -> tuple[State, dict[str, float]]:
-        """Feeds all batches, or those until a signal arrives; everything fed is answered at the end."""
-        settings = self.settings
-        with self.display, closing(self.source.batches(settings.seed, settings.batch_size)) as batches:
-            for step, batch in zip(range(1, self.num_steps + 1), _readable(batches), strict=False):
-                state, _ = self.pipe.step(state, batch)
-                self.display.advance()
-                ends = step == self.num_steps or bool(received)
-                epoch_ends = ends or step % self.per_epoch == 0
-                if epoch_ends or step % settings.log_every_steps == 0:
-                    jax.block_until_ready(state)  # the one place where the loop waits for the devices
-                    seconds = time.perf_counter() - self.last_log_at
-                    if ends:
-                        state, _ = self.pipe.drain(state)
-                    state = self.log(state, step, seconds, evaluates=epoch_ends)
-                if ends:
+    def train(self, state: State, received: list[int]) -> Result:
+        """Feeds all batches and answers them; or stops, with everything in flight, when a signal arrives."""
+        settings, first = self.settings, self.progress.step
+        with self.display, closing(self.source.batches(settings.seed, settings.batch_size, first)) as batches:
+            if not self.progress.logged and first < self.num_steps:
+                state = self.end_step(state, received)
+            for step, batch in zip(range(first + 1, self.num_steps + 1), _readable(batches), strict=False):
+                if received:
                     break
-        return state, self.metrics
+                state, _ = self.pipe.step(state, batch)
+                self.progress = replace(self.progress, step=step, logged=False)
+                self.display.advance()
+                if step < self.num_steps and not received:
+                    state = self.end_step(state, received)
+            if not received:
+                state = self.finish(state, received)
+        return self.stopped(state, received[0]) if received else self.finished(state)
 
-    def log(self, state: State, step: int, seconds: float, evaluates: bool) -> State:
+    def end_step(self, state: State, received: list[int]) -> State:
+        """Logs, evaluates and saves what is due after a step. Cut short by a signal, it leaves the log to be done."""
+        step = self.progress.step
+        epoch_ends = step % self.per_epoch == 0
+        is_best = False
+        if epoch_ends or step % self.settings.log_every_steps == 0:
+            jax.block_until_ready(state)  # the one place where the loop waits for the devices
+            before = self.progress.best_error
+            state = self.log(state, time.perf_counter() - self.last_log_at, epoch_ends, received)
+            if received:
+                return state
+            is_best = self.progress.best_error != before
+        self.progress = replace(self.progress, logged=True)
+        if self.saving.due(step) or (is_best and self.settings.checkpoint.keep_best):
+            self.save(state, error=_test_error(self.progress.metrics) if epoch_ends else None)
+        self.saving.watch()
+        return state
+
+    def finish(self, state: State, received: list[int]) -> State:
+        """Answers what is in flight, after saving it, so that a run of more epochs can go on from here."""
+        if self.saving.step < self.progress.step:
+            self.save(state)
+        jax.block_until_ready(state)
+        seconds = time.perf_counter() - self.last_log_at
+        state, _ = self.pipe.drain(state)
+        return self.log(state, seconds, True, received)
+
+    def log(self, state: State, seconds: float, evaluates: bool, received: list[int]) -> State:
         """Reports the means of the `seconds` since the last log; in a run's first, they are mostly compilation."""
-        state, means = self.pipe.read_metrics(state)
-        if not means.pop("batches"):
+        step, epoch = self.progress.step, self.progress.step / self.per_epoch
+        logged, means = self.pipe.read_metrics(state)
+        batches = means.pop("batches")
+        values = {f"train/{name}": value for name, value in sorted(means.items(), reverse=True)}
+        if self.settings.on_nan == "skip":
+            values["train/skipped"] = float(max(fault.count for fault in self.pipe.faults(state)))
+        else:
+            self.refuse_nonfinite(state, means.get("loss", 0.0))
+        if not batches and not values.get("train/skipped"):
             return state
-        if not math.isfinite(means["loss"]):
-            ticks = self.last_log * self.pipe.schedule.period, step * self.pipe.schedule.period - 1
+        values["train/images_per_s"] = (step - self.progress.last_log) * self.settings.batch_size / seconds
+        if evaluates:
+            tested = evaluate(self.pipe, logged, self.source, self.settings.batch_size, received)
+            if received:
+                return state
+            values |= tested
+            errors = [e for e in (self.progress.best_error, _test_error(tested)) if e is not None]
+            self.progress = replace(self.progress, metrics=tested, best_error=min(errors, default=None))
+        self.write(step, epoch, values)
+        if not math.isfinite(self.progress.metrics.get("test/loss", 0.0)):
             raise RunFailed(
-                f"the loss is {means['loss']}: it stopped being finite between steps {self.last_log + 1} and {step} "
-                f"(ticks {ticks[0]} to {ticks[1]}); the metrics before are kept; "
+                f"the test loss after step {step} is {self.progress.metrics['test/loss']}; {self.kept()}; "
                 "try a smaller config.optim.learning_rate or some warm-up"
             )
-        values = {f"train/{name}": value for name, value in sorted(means.items(), reverse=True)}
-        images = (step - self.last_log) * self.settings.batch_size
-        values["train/images_per_s"] = images / seconds
-        if evaluates:
-            self.metrics = evaluate(self.pipe, state, self.source, self.settings.batch_size)
-            values |= self.metrics
-        self.seconds = time.perf_counter() - self.started
-        self.writer.write(step, step / self.per_epoch, self.seconds, values)
-        self.display.report(step, step / self.per_epoch, values)
-        if not math.isfinite(self.metrics.get("test/loss", 0.0)):
-            raise RunFailed(
-                f"the test loss after step {step} is {self.metrics['test/loss']}; the metrics are kept; try a smaller "
-                "config.optim.learning_rate or some warm-up"
-            )
-        self.last_log, self.last_log_at = step, time.perf_counter()
-        return state
+        self.progress, self.last_log_at = replace(self.progress, last_log=step), time.perf_counter()
+        return logged
+
+    def refuse_nonfinite(self, state: State, loss: float) -> None:
+        """Fails the run where the loss since the last log, or a gradient, was not finite."""
+        first = self.pipe.first_fault(state)
+        if math.isfinite(loss) and first is None:
+            return
+        period, last_log, step = self.pipe.schedule.period, self.progress.last_log, self.progress.step
+        where = (
+            f"; gradients were first not finite on stage {first.stage}, in tick {first.tick}, for batch {first.batch}"
+            if first
+            else ""
+        )
+        raise RunFailed(
+            f"the loss is {loss}: it stopped being finite between steps {last_log + 1} and {step} (ticks "
+            f"{last_log * period} to {step * period - 1}){where}; {self.kept()}; try a smaller "
+            "config.optim.learning_rate, some warm-up, or config.on_nan=skip"
+        )
+
+    def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        try:
+            self.writer.write(step, epoch, time.perf_counter() - self.started, values)
+        except OSError as error:
+            raise RunFailed(f"the metrics cannot be written: {error.strerror}; {self.kept()}") from error
+        self.display.report(step, epoch, values)
+
+    def save(self, state: State, error: float | None = None) -> None:
+        """Begins to write a checkpoint; `error` is that of an evaluation of these very weights."""
+        now = time.perf_counter()
+        self.progress = replace(self.progress, seconds=now - self.started, seconds_since_log=now - self.last_log_at)
+        notes = {
+            "progress": asdict(self.progress),
+            "settings": asdict(self.settings),
+            "data": described(self.source),
+            "test_error": error,
+        }
+        self.saving.save(self.progress.step, self.pipe.snapshot(state), notes)
+
+    def kept(self) -> str:
+        """What is not lost when the run fails, in words."""
+        self.checkpoints.wait()
+        return f"{self.saving.newest}, and the metrics before are kept"
+
+    def finished(self, state: State) -> Result:
+        self.saving.close()
+        weights, folder = Weights(self.pipe.params(state), self.pipe.module_state(state)), self.workdir / "params"
+        try:
+            self.workdir.mkdir(parents=True, exist_ok=True)  # should it have vanished
+            if folder.exists():  # of the run that this one carried on
+                folder.rename(self.workdir / f"params_step_{self.first_step}")
+            save_weights(folder, weights)
+        except (OSError, ValueError) as error:
+            raise RunFailed(f"the weights cannot be written to {folder}: {error}; {self.saving.newest}") from error
+        summary = f"after {self.seconds:.1f} s; weights and metrics are in {self.workdir}"
+        return Result(self.progress.metrics, self.seconds, None, summary)
+
+    def stopped(self, state: State, number: int) -> Result:
+        step = self.progress.step
+        if self.saving.step < step:
+            self.save(state)
+        error = self.saving.close()
+        where = (
+            f"which is not saved ({error}); {self.saving.newest}"
+            if error
+            else f"saved in {self.checkpoints.path(step)}"
+        )
+        summary = f"stopped after step {step} of {self.num_steps}, {where}: the same command goes on from there"
+        return Result(self.progress.metrics, self.seconds, number, summary)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+
+def _test_error(metrics: dict[str, float]) -> float | None:
+    return 1 - metrics["test/accuracy"] if "test/accuracy" in metrics else None
 
 
 def _readable(batches: Iterator[T]) -> Iterator[T]:
@@ -197,12 +353,19 @@ def _readable(batches: Iterator[T]) -> Iterator[T]:
         raise RunFailed(f"{error}; the metrics before are kept") from error
 
 
-def evaluate(pipe: Pipeline, state: State, source: Source, batch_size: int) -> dict[str, float]:
-    """Means over the test images on the weights of the moment, each image once: "test/loss" and the loss's metrics."""
+def evaluate(
+    pipe: Pipeline, state: State, source: Source, batch_size: int, received: Sequence[int] = ()
+) -> dict[str, float]:
+    """Means over the test images on the weights of the moment, each image once: "test/loss" and the loss's metrics.
+
+    A signal in `received` ends it early, and the means are then of no use.
+    """
     sums: dict[str, float] = {}
     for images, labels, mask in _readable(source.test_batches(batch_size)):
+        if received:
+            break
         outputs = pipe.predict(state, images)
         for name, value in masked_sums(pipe.loss, outputs, np.asarray(labels), mask).items():
             sums[name] = sums.get(name, 0.0) + float(value)
-    count = sums.pop("count")
+    count = sums.pop("count", math.nan)
     return {f"test/{name}": value / count for name, value in sorted(sums.items(), reverse=True)}

@@ -15,6 +15,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 EPSILON = 1e-5
@@ -41,7 +42,7 @@ def moments(x):
 
 
 def relu(p, x):
-    return jnp.where(x > 0, x, 0.0)
+    return jnp.where(x <= 0, 0.0, x)
 
 
 def add(p, x, y):
@@ -117,11 +118,15 @@ def accumulate(gradients, name, dp):
         target[key] = target[key] + value
 
 
+def finite(tree):
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+
+
 class Module:
     """Module k of the paper with its weights, its optimizer and what it remembers."""
 
-    def __init__(self, layers, params, optimizer, policy):
-        self.layers, self.params, self.optimizer, self.policy = layers, params, optimizer, policy
+    def __init__(self, layers, params, optimizer, policy, skip=False):
+        self.layers, self.params, self.optimizer, self.policy, self.skip = layers, params, optimizer, policy, skip
         self.opt_state = optimizer.init(params)
         self.remembered = deque()
         self.statistics = [{} for _ in layers]
@@ -130,8 +135,18 @@ class Module:
     def forward(self, x):
         values = run_module(self.layers, self.params, x)
         self.remembered.append((self.params, x, values))
-        self.move_statistics(values)
+        statistics = self.moved_statistics(values)
+        if finite(statistics) or not self.skip:
+            self.statistics = statistics
         return values[-1][-1]
+
+    def answer(self, cotangent, judged):
+        """Backward and update; with `skip`, no update where what is judged is not finite, and NaN goes on."""
+        gradients, sent = self.backward(cotangent)
+        if self.skip and not finite((judged, gradients)):
+            return jnp.full_like(sent, jnp.nan)
+        self.update(gradients)
+        return sent
 
     def backward(self, cotangent):
         params, x, values = self.remembered.popleft()
@@ -145,8 +160,9 @@ class Module:
         updates, self.opt_state = self.optimizer.update(gradients, self.opt_state, self.params)
         self.params = optax.apply_updates(self.params, updates)
 
-    def move_statistics(self, values):
-        for steps, of_layer, statistics in zip(self.layers, values, self.statistics, strict=True):
+    def moved_statistics(self, values):
+        moved = [dict(statistics) for statistics in self.statistics]
+        for steps, of_layer, statistics in zip(self.layers, values, moved, strict=True):
             for operation, name, (first, *_) in steps:
                 if operation is norm:
                     mean, var = moments(of_layer[first])
@@ -154,6 +170,7 @@ class Module:
                     statistics[name] = tuple(
                         self.momentum * a + (1 - self.momentum) * b for a, b in zip(old, (mean, var), strict=True)
                     )
+        return moved
 
 
 def fdg(modules, batches, beta, order="update_first"):
@@ -173,8 +190,7 @@ def fdg(modules, batches, beta, order="update_first"):
             if order == "forward_first" and activations[k] is not None:
                 sent_down[k] = modules[k].forward(activations[k])
             if error_gradients[k] is not None:
-                gradients, sent_up[k] = modules[k].backward(beta * error_gradients[k])
-                modules[k].update(gradients)
+                sent_up[k] = modules[k].answer(beta * error_gradients[k], judged=error_gradients[k])
             if order == "update_first" and activations[k] is not None:
                 sent_down[k] = modules[k].forward(activations[k])
 
@@ -182,8 +198,7 @@ def fdg(modules, batches, beta, order="update_first"):
             module = modules[last]
             logits = module.forward(activations[last])
             loss, pull_loss = jax.vjp(partial(cross_entropy, labels=labels.popleft()), logits)
-            gradients, sent_up[last] = module.backward(*pull_loss(jnp.ones_like(loss)))
-            module.update(gradients)
+            sent_up[last] = module.answer(*pull_loss(jnp.ones_like(loss)), judged=loss)
 
         activations = [None, *sent_down[:last]]
         error_gradients = [*sent_up[1:], None]

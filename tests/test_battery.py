@@ -81,6 +81,21 @@ def test_float32_stays_within_rounding(policy):
     follow_oracle("mlp", "sgd", 4, methods.fdg(0.5, policy), "float32", CLOSE)
 
 
+@pytest.mark.parametrize(
+    ("network", "optimizer", "num_stages", "policy", "order"),
+    [
+        *[("normed", "sgd", 3, policy, "update_first") for policy in POLICIES],
+        ("normed", "adam", 2, "stash", "forward_first"),
+        ("mlp", "adam", 3, "current", "update_first"),
+        ("mlp", "sgd", 1, "stash", "update_first"),
+    ],
+)
+def test_a_skipped_batch_is_algorithm_1_without_its_updates(network, optimizer, num_stages, policy, order):
+    with jax.enable_x64(True):
+        method = methods.fdg(0.5, policy, order)
+        follow_oracle(network, optimizer, num_stages, method, "float64", EXACT, skipped=(2,))
+
+
 def test_the_oracle_tells_the_policies_apart():
     """Otherwise the agreement above would prove little: after the first update the three go different ways."""
     ends = {}
@@ -96,10 +111,16 @@ def test_the_oracle_tells_the_policies_apart():
         assert float(jnp.max(jnp.abs(one - other))) > 1e-5
 
 
-def follow_oracle(network, optimizer, num_stages, method, dtype, tolerance):
-    """Runs both side by side and compares parameters, optimizer state and loss after every tick, draining included."""
+def follow_oracle(network, optimizer, num_stages, method, dtype, tolerance, skipped=()):
+    """Runs both side by side and compares parameters, optimizer state and loss after every tick, draining included.
+
+    The inputs of the batches in `skipped` are NaN.
+    """
     network, steps, shape = NETWORKS[network](dtype)
     batches = make_batches(shape, dtype)
+    for number in skipped:
+        batches[number][0][:] = np.nan
+    skip = bool(skipped)
     pipe = Pipeline(
         in_float64(network) if dtype == "float64" else network,
         loss=softmax_cross_entropy,
@@ -107,9 +128,10 @@ def follow_oracle(network, optimizer, num_stages, method, dtype, tolerance):
         method=method,
         num_stages=num_stages,
         stack=False,
+        skip_nonfinite=skip,
     )
     state = pipe.init(jax.random.key(0), batches[0][0])
-    modules = make_modules(steps, pipe.params(state), pipe.cuts, OPTIMIZERS[optimizer], method.policy)
+    modules = make_modules(steps, pipe.params(state), pipe.cuts, OPTIMIZERS[optimizer], method.policy, skip)
     expected = oracle.fdg(modules, batches, method.beta, method.schedule.keywords["order"])
 
     def compare():
@@ -135,10 +157,10 @@ def follow_oracle(network, optimizer, num_stages, method, dtype, tolerance):
             assert_trees_close(module_state[name], {"mean": mean, "var": var}, tolerance)
 
 
-def make_modules(steps, params, cuts, optimizer, policy):
+def make_modules(steps, params, cuts, optimizer, policy, skip=False):
     params = jax.tree.map(jnp.array, params)
     bounds = itertools.pairwise((0, *cuts, len(steps)))
-    return [oracle.Module(steps[i:j], params[i:j], optimizer, policy) for i, j in bounds]
+    return [oracle.Module(steps[i:j], params[i:j], optimizer, policy, skip) for i, j in bounds]
 
 
 def make_batches(shape, dtype):

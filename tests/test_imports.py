@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fdg_jax"
 ROWS = [
-    ["names"],
+    ["names", "sealed", "lock"],
     ["schedule", "backward", "layers", "data.augment", "data.shuffle", "data.decode", "optim", "metrics"],
     ["models.parts", "models.cuts", "stacking", "methods", "partition", "data.source"],
     [
@@ -24,10 +24,11 @@ ROWS = [
     ["data.tfds"],
     ["engine.base"],
     ["engine.worker"],
-    ["engine.mpmd", "overview", "checks"],
+    ["engine.mpmd", "overview", "checks", "snapshot"],
     ["pipeline", "balance"],
     ["checkpoint", "config", "console"],
-    ["build"],
+    ["build", "saving"],
+    ["resume"],
     ["train"],
     ["main"],
 ]
@@ -43,7 +44,7 @@ PLACES = {
     "absl": {"main"},
     "orbax": {"checkpoint"},
     "tensorboardX": {"metrics"},
-    "rich": {"build", "console", "train", "main", "data.decode"},
+    "rich": {"build", "console", "resume", "saving", "train", "main", "data.decode"},
     "PIL": {"data.decode", "data.stream", "data.cifar"},
     "grain": {"data.stream"},
     "requests": {"data.cifar"},

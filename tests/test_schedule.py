@@ -61,6 +61,14 @@ def test_picture_of_bp():
 
 
 @every_schedule
+def test_the_tick_of_an_operation_is_its_row(make):
+    schedule = make(3)
+    for tick, row in enumerate(schedules.unroll(schedule, 4)):
+        for k, visit in enumerate(row):
+            assert all(schedules.tick_of(schedule, k, op) == tick for op in visit)
+
+
+@every_schedule
 @pytest.mark.parametrize("num_stages", range(1, 9))
 def test_schedules_are_valid(make, num_stages):
     schedules.validate(make(num_stages))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 import optax
 
 from fdg_jax.backward import Memo
@@ -20,6 +21,7 @@ PyTree = Any
 Metrics = dict[str, jax.Array]
 Loss = Callable[[PyTree, PyTree], jax.Array | tuple[jax.Array, Metrics]]
 INPUTS, TARGETS, COTANGENTS = "inputs", "targets", "cotangents"
+NO_FAULT = np.uint32(2**32 - 1)
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Plan:
     method: Method
     loss: Loss
     optimizer: optax.GradientTransformation
+    skip_nonfinite: bool = False
 
     @property
     def last(self) -> int:
@@ -45,8 +48,38 @@ class StageState(NamedTuple):
     state: list[PyTree]  # module state: BatchNorm statistics and the like
     opt_state: PyTree
     key: jax.Array  # of the run, the same on every stage
-    batch: jax.Array  # () uint32: the next batch to forward
+    # (4,) uint32: batches forwarded; batches answered; those of them with a number that was not finite; the first of
+    # these, or NO_FAULT. One array, because the host pays for each that a call takes.
+    counts: jax.Array
     totals: Metrics  # () float32 sums over batches since they were last read; empty but on the last stage
+
+    @property
+    def batch(self) -> jax.Array:
+        """() uint32: the next batch to forward."""
+        return self.counts[0]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Batches on which a stage met a number that was not finite: how many, and the first of them if there is one.
+
+    The numbers are all that the answer to a batch brings together on a stage: the cotangents that it receives (on the
+    last stage the loss in their place) and the gradients of its parameters.
+    """
+
+    count: int
+    first_batch: int | None
+
+
+class FirstFault(NamedTuple):
+    """Where numbers first were not finite: the stage, the batch that it answered, and the tick of the schedule.
+
+    Ticks are counted from the one in which batch 0 entered, as if the pipeline had never been drained.
+    """
+
+    stage: int
+    batch: int
+    tick: int
 
 
 @jax.tree_util.register_dataclass
@@ -71,8 +104,8 @@ class Engine(Protocol):
     plan: Plan
     workers: dict[int, Any]  # `Worker`s traced so far, by stage
 
-    def init(self, params: list[PyTree], state: list[PyTree], key: jax.Array) -> State:
-        """The state before the first batch; params and state come one tree a layer."""
+    def init(self, params: list[PyTree], state: list[PyTree], key: jax.Array, first_batch: int = 0) -> State:
+        """The state before batch `first_batch`, the first to come; params and state come one tree a layer."""
 
     def step(self, state: State, inputs: PyTree, targets: PyTree) -> tuple[State, Metrics | None]:
         """Feeds a batch and runs one period of the schedule; metrics of the batch that left the last stage, if any."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from fdg_jax import schedule as schedules
 from fdg_jax.backward import Memo
-from fdg_jax.engine.base import COTANGENTS, INPUTS, TARGETS, Metrics, Plan, PyTree, StageState, State
+from fdg_jax.engine.base import COTANGENTS, INPUTS, NO_FAULT, TARGETS, Metrics, Plan, PyTree, StageState, State
 from fdg_jax.engine.worker import Arrival, Departure, Pattern, Worker, pattern
 from fdg_jax.schedule import BACKWARD, FORWARD, UPDATE, Op, Visit
 
@@ -37,17 +37,18 @@ class Mpmd:
         self._evaluations = [jax.jit(partial(self._evaluate, k)) for k in range(len(self.devices))]
         self._running: deque[jax.Array] = deque()
 
-    def init(self, params: list[PyTree], state: list[PyTree], key: jax.Array) -> State:
+    def init(self, params: list[PyTree], state: list[PyTree], key: jax.Array, first_batch: int = 0) -> State:
         stages = []
         for k, (stage, device) in enumerate(zip(self.plan.stages, self.devices, strict=True)):
             layers = slice(stage.start, stage.start + len(stage.layers))
             own = stage.stack(params[layers]), stage.stack(state[layers])
-            own_params, own_state, own_key, batch = jax.device_put((*own, key, np.uint32(0)), device)
+            counts = np.array([first_batch, first_batch, 0, NO_FAULT], np.uint32)
+            own_params, own_state, own_key, counts = jax.device_put((*own, key, counts), device)
             opt_state = jax.device_put(jax.jit(self.plan.optimizer.init)(own_params), device)
-            stages.append(StageState(own_params, own_state, opt_state, own_key, batch, totals={}))
+            stages.append(StageState(own_params, own_state, opt_state, own_key, counts, totals={}))
             if k < self.plan.last:  # the last stage is traced when the shapes of the targets are known
                 self.workers[k] = Worker(self.plan, k, stages[k])
-        return State(fed=0, origin=0, stages=tuple(stages), inbox={}, outbox={}, memos={})
+        return State(fed=first_batch, origin=first_batch, stages=tuple(stages), inbox={}, outbox={}, memos={})
 
     def step(self, state: State, inputs: PyTree, targets: PyTree) -> tuple[State, Metrics | None]:
         period, fed = self.plan.schedule.period, state.fed - state.origin

@@ -1,5 +1,6 @@
 """One stage's training as pure functions: forward, backward and update, put together into the program of a visit."""
 
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from fdg_jax.backward import Memo, Trace
-from fdg_jax.engine.base import Metrics, Plan, PyTree, StageState
+from fdg_jax.engine.base import NO_FAULT, Metrics, Plan, PyTree, StageState
 from fdg_jax.metrics import call_loss
 from fdg_jax.schedule import BACKWARD, FORWARD, UPDATE, Visit, delay, staleness
 
@@ -94,8 +95,9 @@ class Worker:
     def changes(self, pattern: Pattern) -> tuple[str, ...]:
         """The fields of the stage's state that a visit of this pattern replaces."""
         kinds = {kind for kind, _ in pattern}
-        forward = ("state", "batch", *(["totals"] if self._is_last else []))
-        return (("params", "opt_state") if UPDATE in kinds else ()) + (forward if FORWARD in kinds else ())
+        forward = ("state", *(["totals"] if self._is_last else []))
+        update = ("params", "opt_state")
+        return (*(update if UPDATE in kinds else ()), *(forward if FORWARD in kinds else ()), "counts")
 
     def visit(self, pattern: Pattern, own: StageState, arrivals: list[Arrival]) -> tuple[StageState, list[Departure]]:
         """Runs the operations of one visit in order. Pure; `own.opt_state` may be None where the pattern has no update.
@@ -107,18 +109,16 @@ class Worker:
         """
         local: dict[int, Memo] = {}
         departures = [Departure() for _ in arrivals]
-        gradients: PyTree = None
+        answer: tuple = ()
         for kind, n in pattern:
             if kind == FORWARD:
                 own, local[n], departures[n] = self._forward(own, arrivals[n], kept=(BACKWARD, n) not in pattern)
             elif kind == BACKWARD:
                 memo = local.get(n) or arrivals[n].memo
                 assert memo is not None  # the pattern says so
-                gradients, sent = self.trace.backward(own.params, memo, self._cotangents(arrivals[n]))
-                departures[n] = departures[n]._replace(cotangents=sent)
+                own, departures[n], answer = self._backward(own, memo, arrivals[n], departures[n])
             else:
-                updates, opt_state = self._plan.optimizer.update(gradients, own.opt_state, own.params)
-                own = own._replace(params=optax.apply_updates(own.params, updates), opt_state=opt_state)
+                own = self._update(own, *answer)
         return own, departures
 
     def _forward(self, own: StageState, arrival: Arrival, kept: bool) -> tuple[StageState, Memo, Departure]:
@@ -127,16 +127,40 @@ class Worker:
             own.params, inputs, own.state, own.key, own.batch, arrival.targets
         )
         memo = self.trace.memo(saved, own.params, inputs, own.state, outputs)
+        if self._plan.skip_nonfinite:
+            state = _choose(all_finite(state), state, own.state)
         departure = Departure(
             outputs=None if self._is_last else outputs,
             saved=saved if kept else None,
             metrics=metrics if self._is_last else None,
         )
-        own = own._replace(state=state, batch=own.batch + 1)
+        own = own._replace(state=state, counts=own.counts.at[0].add(1))
         if self._is_last:
             counted = {"batches": jnp.ones((), jnp.float32), **metrics}
-            own = own._replace(totals=jax.tree.map(jnp.add, own.totals, counted))
+            totals = jax.tree.map(jnp.add, own.totals, counted)
+            if self._plan.skip_nonfinite:
+                totals = _choose(all_finite(metrics["loss"]), totals, own.totals)
+            own = own._replace(totals=totals)
         return own, memo, departure
+
+    def _backward(
+        self, own: StageState, memo: Memo, arrival: Arrival, departure: Departure
+    ) -> tuple[StageState, Departure, tuple[PyTree, jax.Array]]:
+        """The stage, what leaves, and what an update wants: the gradients, and whether all that was met is finite."""
+        gradients, sent = self.trace.backward(own.params, memo, self._cotangents(arrival))
+        loss = departure.metrics["loss"] if departure.metrics else None  # the last stage forwards in the same visit
+        finite = all_finite((gradients, arrival.cotangents, loss))  # what is sent is judged by its reader
+        if self._plan.skip_nonfinite:
+            sent = [jnp.where(finite, cotangent, jnp.nan) for cotangent in sent]
+        own = own._replace(counts=_count_answer(own.counts, finite))
+        return own, departure._replace(cotangents=sent), (gradients, finite)
+
+    def _update(self, own: StageState, gradients: PyTree, finite: jax.Array) -> StageState:
+        updates, opt_state = self._plan.optimizer.update(gradients, own.opt_state, own.params)
+        params = optax.apply_updates(own.params, updates)
+        if self._plan.skip_nonfinite:
+            params, opt_state = _choose(finite, (params, opt_state), (own.params, own.opt_state))
+        return own._replace(params=params, opt_state=opt_state)
 
     def _cotangents(self, arrival: Arrival) -> list[jax.Array]:
         """The error gradient of the stage's outputs: of the loss itself on the last stage, else shrunk (equation 7)."""
@@ -149,3 +173,24 @@ class Worker:
     def total_names(self) -> list[str]:
         """What the last stage sums over batches."""
         return ["batches", *self.trace.aux[1]] if self._is_last else []
+
+
+def all_finite(tree: PyTree) -> jax.Array:
+    """() bool: whether no number of the tree is infinite or NaN; whole numbers never are.
+
+    By `isfinite`, because a sum of squares overflows, and XLA:CPU's maximum over many numbers may pass over a NaN.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return reduce(jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in leaves], jnp.array(True))
+
+
+def _choose(condition: jax.Array, one: PyTree, other: PyTree) -> PyTree:
+    """`one` where the condition holds, else `other`, bit for bit."""
+    return jax.tree.map(partial(jnp.where, condition), one, other)
+
+
+def _count_answer(counts: jax.Array, finite: jax.Array) -> jax.Array:
+    """The stage's counts after one more answer. Answers come in the order of the batches, so their number is a name."""
+    forwarded, answered, faults, first = counts
+    first = jnp.minimum(first, jnp.where(finite, NO_FAULT, answered))
+    return jnp.stack([forwarded, answered + 1, faults + ~finite, first])

@@ -1,0 +1,120 @@
+"""Folders that are there complete or not at all, and that are known to be as they were written.
+
+A folder is filled under another name, its files are hashed and forced to the disk, and only then does it get its own
+name. Reading begins with `verify`: a file that is missing, cut short, changed or added is found before anything
+interprets it. Links are refused, and no file is opened because a name in another one says so.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+PARTIAL, REMOVED = ".partial", ".removed"  # endings of the names of folders that are being written and removed
+
+
+class Damaged(ValueError):
+    """A folder that is not as it was written; one line with its path and the reason."""
+
+
+def seal(folder: Path, fill: Callable[[Path], None], num_bytes: int = 0) -> None:
+    """Writes a folder; one of this name that is there already is replaced once the new one is complete.
+
+    Args:
+        folder: in a folder that exists.
+        fill: writes the files into the folder that it is given.
+        num_bytes: that there must be room for.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left.
+    """
+    partial = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        free = shutil.disk_usage(partial).free
+        if free < num_bytes + 2**20:
+            raise OSError(f"No space left on device: {num_bytes / 2**20:.1f} MiB to write, {free / 2**20:.1f} MiB free")
+        fill(partial)
+        files = {str(path.relative_to(partial)): _measure(path, sync=True) for path in _files(partial)}
+        (partial / MANIFEST).write_text(json.dumps({"files": files}))
+        _measure(partial / MANIFEST, sync=True)
+        if folder.exists():
+            remove(folder)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def remove(folder: Path) -> None:
+    """Takes a folder away, whose name is free from the first moment on, however long that takes."""
+    removed = folder.with_name(folder.name + REMOVED)
+    shutil.rmtree(removed, ignore_errors=True)
+    folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def sweep(parent: Path) -> None:
+    """Removes what is left in a folder of sealing and removing that were cut off."""
+    for ending in (PARTIAL, REMOVED):
+        for path in parent.glob(f"*{ending}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def verify(folder: Path) -> None:
+    """Checks every file of a sealed folder.
+
+    Raises:
+        Damaged: it is not there, not sealed, or not as it was written.
+    """
+    if not folder.is_dir():
+        raise Damaged(f"there is no folder {folder}")
+    try:
+        files = {str(path.relative_to(folder)): path for path in _files(folder)}
+        if MANIFEST not in files:
+            raise Damaged(f"{folder} is damaged, or none of ours: it has no {MANIFEST}")
+        listed = _manifest(files.pop(MANIFEST))
+        for name in sorted(files.keys() ^ listed.keys()):
+            raise Damaged(f"{folder} is damaged: {name} {'is missing' if name in listed else 'does not belong to it'}")
+        for name, path in files.items():
+            size, digest = _measure(path)
+            if [size, digest] != listed[name]:
+                raise Damaged(
+                    f"{folder} is damaged: {name} {'is cut short' if size < listed[name][0] else 'has changed'}"
+                )
+    except OSError as error:
+        raise Damaged(f"{folder} cannot be read: {error.strerror}") from error
+
+
+def _manifest(path: Path) -> dict[str, list]:
+    """Size and SHA-256 of every file, by name."""
+    try:
+        listed = json.loads(path.read_text())["files"]
+        if not all(type(size) is int and type(digest) is str for size, digest in listed.values()):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Damaged(f"{path.parent} is damaged: {MANIFEST} cannot be read") from None
+    return listed
+
+
+def _files(folder: Path) -> list[Path]:
+    files = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise Damaged(f"{folder} is refused: {path.relative_to(folder)} is a link, or no file")
+        if path.is_file():
+            files.append(path)
+    return files
+
+
+def _measure(path: Path, sync: bool = False) -> list:
+    """Size in bytes and SHA-256 of a file; forced to the disk if `sync`."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if sync:
+            os.fsync(file.fileno())
+        return [os.fstat(file.fileno()).st_size, digest]

@@ -1,0 +1,326 @@
+"""The whole state of a run as numbered arrays and a record of what each is, and back.
+
+Nothing is drained: activations, cotangents and memos in flight are part of it, keyed by batch. An array that several
+places refer to is taken once and stays shared when it comes back, which is how old weights under *stash* are held: one
+tree, however many memos point to it. The record is plain JSON; what reads it trusts no name or number in it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import chain
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fdg_jax.backward import Memo, Trace
+from fdg_jax.engine.base import COTANGENTS, INPUTS, Metrics, PyTree, StageState, State
+
+FAULTS = 2  # its place in `StageState.counts`
+Leaf = tuple[str, Any]  # a name, and an array or its shape
+
+
+class Mismatch(ValueError):
+    """The snapshot is of another run; one line that says in what it differs."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state at one moment.
+
+    Attributes:
+        arrays: by number; on devices as `take` copies them, on the host as they come from a file.
+        record: what each is, as JSON: see `take`.
+    """
+
+    arrays: list[Any]
+    record: dict[str, Any]
+
+    @property
+    def in_flight(self) -> str:
+        """What waits to be answered, in words; empty where nothing does."""
+        kinds = [message["kind"] for box in ("inbox", "outbox") for message in self.record[box]]
+        counts = {
+            "memos": len(self.record["memos"]),
+            "activations": kinds.count(INPUTS),
+            "cotangents": kinds.count(COTANGENTS),
+        }
+        return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+
+    @property
+    def faults(self) -> int:
+        """Batches on which a stage met a number that was not finite, summed over the stages; arrays on the host."""
+        (counts,) = zip(*(stage["counts"] for stage in self.record["stages"]), strict=True)
+        return sum(int(self.arrays[number][FAULTS]) for _, number in counts)
+
+
+def take(state: State) -> Snapshot:
+    """Copies a state, on its devices and without waiting, so that training may go on and overwrite it.
+
+    The record holds `fed` and `origin`; `stages`, a dict of fields each; `inbox` and `outbox`, messages; `memos`; and
+    `arrays`, shape and dtype of each. A leaf is [name, number of its array].
+    """
+    numbers: dict[tuple[int, int], int] = {}
+    arrays: list[Any] = []
+
+    def leaves(stage: int, named: Sequence[Leaf]) -> list[list]:
+        """On what device an array comes back is its stage's affair, so that two stages share none."""
+        for _, leaf in named:
+            if numbers.setdefault((stage, id(leaf)), len(arrays)) == len(arrays):
+                arrays.append(leaf)
+        return [[name, numbers[stage, id(leaf)]] for name, leaf in named]
+
+    def messages(box: Mapping, last: int, owner: Callable[[str, int, int], int]) -> list[dict]:
+        return [
+            {"kind": kind, "stage": k, "batch": n, "leaves": leaves(owner(kind, k, last), named_leaves(tree))}
+            for (kind, k, n), tree in box.items()
+        ]
+
+    last = len(state.stages) - 1
+    record = {
+        "fed": state.fed,
+        "origin": state.origin,
+        "stages": [
+            {field: leaves(k, named_leaves(getattr(own, field))) for field in StageState._fields}
+            for k, own in enumerate(state.stages)
+        ],
+        "inbox": messages(state.inbox, last, lambda kind, k, last: k),
+        "outbox": messages(state.outbox, last, _sender),
+        "memos": [
+            {"stage": k, "batch": n, **{part: leaves(k, named_leaves(getattr(memo, part))) for part in Memo._fields}}
+            for (k, n), memo in state.memos.items()
+        ],
+    }
+    record["arrays"] = [_description(leaf) for leaf in arrays]
+    return Snapshot(_copies(arrays), record)
+
+
+def put(
+    snapshot: Snapshot, fresh: State, devices: Sequence[jax.Device], shapes: Sequence[PyTree], targets: PyTree = None
+) -> State:
+    """The state again, on any devices.
+
+    Args:
+        snapshot: its arrays on the host.
+        fresh: a state before its first batch, which says what the stages must own.
+        devices: of every stage.
+        shapes: of every stage's inputs.
+        targets: of a batch, as shapes; needed where targets are a tree.
+
+    Raises:
+        Mismatch: a stage owns something else than `fresh`, or a message has another shape.
+    """
+    record, last = snapshot.record, len(devices) - 1
+    for k, (own, saved) in enumerate(zip(fresh.stages, record["stages"], strict=True)):
+        for field in ("params", "state", "opt_state", "key"):
+            compare(f"stage {k}'s {field}", getattr(own, field), saved[field], record["arrays"])
+    placed = _place(snapshot, devices)
+
+    def tree(stage: int, like: PyTree, leaves: list) -> PyTree:
+        return jax.tree.unflatten(jax.tree.structure(like), [placed[stage, number] for _, number in leaves])
+
+    def box(messages: list[dict], owner: Callable[[str, int, int], int]) -> dict:
+        found = {}
+        for message in messages:
+            kind, k, n, leaves = (message[name] for name in ("kind", "stage", "batch", "leaves"))
+            wanted = _message_shapes(kind, k, shapes, targets if targets is not None else np.zeros(()))
+            if targets is not None or kind in (INPUTS, COTANGENTS):
+                compare(f"the {kind} of batch {n} for stage {k}", wanted, leaves, record["arrays"])
+            found[kind, k, n] = tree(owner(kind, k, last), wanted, leaves)
+        return found
+
+    stages = []
+    for k, (own, saved) in enumerate(zip(fresh.stages, record["stages"], strict=True)):
+        fields = {
+            field: tree(k, getattr(own, field), saved[field]) for field in StageState._fields if field != "totals"
+        }
+        totals: Metrics = {name: placed[k, number] for name, number in saved["totals"]}
+        stages.append(StageState(**fields, totals=totals))
+    memos = {
+        (memo["stage"], memo["batch"]): Memo(
+            *([placed[memo["stage"], number] for _, number in memo[part]] for part in Memo._fields)
+        )
+        for memo in record["memos"]
+    }
+    inbox, outbox = box(record["inbox"], lambda kind, k, last: k), box(record["outbox"], _sender)
+    return State(record["fed"], record["origin"], tuple(stages), inbox, outbox, memos)
+
+
+def named_leaves(tree: PyTree) -> list[Leaf]:
+    """The leaves of a tree with dotted names."""
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def compare(what: str, wanted: PyTree, leaves: list, arrays: list[dict]) -> None:
+    """Whether recorded leaves have the names, shapes and dtypes of a tree; Mismatch says what differs first."""
+    here = {name: _words(_description(leaf)) for name, leaf in named_leaves(wanted)}
+    there = {name: _words(arrays[number]) for name, number in leaves}
+    for name in dict.fromkeys(chain(here, there)):
+        if here.get(name) != there.get(name):
+            raise Mismatch(
+                f"{what}{'.' * bool(name)}{name} is {there.get(name, 'missing')} in the checkpoint, "
+                f"{here.get(name, 'missing')} here"
+            )
+
+
+def _sender(kind: str, reader: int, last: int) -> int:
+    """The stage on whose device a message waits to be sent; the first inputs and the targets come from outside."""
+    if kind == INPUTS:
+        return max(0, reader - 1)
+    return reader + 1 if kind == COTANGENTS else last
+
+
+def _message_shapes(kind: str, reader: int, shapes: Sequence[PyTree], targets: PyTree) -> PyTree:
+    if kind == INPUTS:
+        return shapes[reader]
+    if kind == COTANGENTS:
+        return [leaf for leaf in jax.tree.leaves(shapes[reader + 1]) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return targets
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _description(leaf: Any) -> dict[str, Any]:
+    """Shape and dtype as JSON; of a typed key, which a file cannot hold, those of its numbers and its kind beside."""
+    if _is_key(leaf):
+        data = jax.eval_shape(jax.random.key_data, leaf)
+        impl = {"impl": str(jax.random.key_impl(leaf))} if isinstance(leaf, jax.Array) else {}
+        return {"shape": list(data.shape), "dtype": data.dtype.name, "key": str(leaf.dtype), **impl}
+    weak = {"weak": True} if getattr(leaf, "weak_type", False) else {}
+    return {"shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name, **weak}
+
+
+def _words(description: Mapping[str, Any]) -> str:
+    return f"{description.get('key', description['dtype'])}[{','.join(map(str, description['shape']))}]"
+
+
+def _copies(arrays: list[Any]) -> list[Any]:
+    """Copies on the same devices, made in their queues; where an accelerator has no room for them, on the host."""
+    data = [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in arrays]
+    if not all(map(_has_room, _bytes_by_device(data).items())):
+        return [np.array(leaf) for leaf in jax.device_get(data)]
+    on_devices = [leaf for leaf in data if isinstance(leaf, jax.Array)]
+    copied = iter(jax.device_put(on_devices, [leaf.device for leaf in on_devices], may_alias=False))
+    return [next(copied) if isinstance(leaf, jax.Array) else leaf for leaf in data]
+
+
+def _bytes_by_device(arrays: list[Any]) -> dict[jax.Device, int]:
+    sizes: dict[jax.Device, int] = {}
+    for leaf in arrays:
+        if isinstance(leaf, jax.Array):
+            sizes[leaf.device] = sizes.get(leaf.device, 0) + leaf.nbytes
+    return sizes
+
+
+def _has_room(device_and_bytes: tuple[jax.Device, int]) -> bool:
+    """Whether a device can hold so many bytes more with as many to spare; a CPU device, which does not say, can."""
+    device, wanted = device_and_bytes
+    stats = device.memory_stats() or {}
+    return "bytes_limit" not in stats or stats["bytes_limit"] - stats["bytes_in_use"] > 2 * wanted
+
+
+def _place(snapshot: Snapshot, devices: Sequence[jax.Device]) -> dict[tuple[int, int], jax.Array]:
+    """The arrays on the devices of the stages that refer to them, by (stage, number)."""
+    places = list(dict.fromkeys(_places(snapshot.record, len(devices) - 1)))
+    leaves = [snapshot.arrays[number] for _, number in places]
+    targets = [devices[stage] for stage, _ in places]
+    # Twice: JAX uses a NumPy array's memory as it is on a CPU device, and the next step overwrites what is donated.
+    copies = jax.device_put(jax.device_put(leaves, targets), targets, may_alias=False)
+    descriptions = snapshot.record["arrays"]
+    return {
+        (stage, number): _as_described(leaf, descriptions[number])
+        for (stage, number), leaf in zip(places, copies, strict=True)
+    }
+
+
+def _places(record: Mapping[str, Any], last: int) -> Iterator[tuple[int, int]]:
+    for k, fields in enumerate(record["stages"]):
+        yield from ((k, number) for leaves in fields.values() for _, number in leaves)
+    for message in record["inbox"]:
+        yield from ((message["stage"], number) for _, number in message["leaves"])
+    for message in record["outbox"]:
+        owner = _sender(message["kind"], message["stage"], last)
+        yield from ((owner, number) for _, number in message["leaves"])
+    for memo in record["memos"]:
+        yield from ((memo["stage"], number) for part in Memo._fields for _, number in memo[part])
+
+
+def _as_described(leaf: jax.Array, description: Mapping[str, Any]) -> jax.Array:
+    if "key" in description:
+        return jax.random.wrap_key_data(leaf, impl=description["impl"])
+    if description.get("weak") and leaf.shape == ():
+        return jax.device_put(jnp.asarray(leaf.item()), leaf.device)  # of a Python number, which makes it weak again
+    return leaf
+
+
+def versions() -> dict[str, str]:
+    """Of the packages on whose word a snapshot depends."""
+    return {name: version(name) for name in ("fdg_jax", "jax", "flax", "optax", "orbax-checkpoint")}
+
+
+def compare_runs(record: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Whether a snapshot is of a pipeline like the one here; Mismatch says in what they differ."""
+    there = record["pipeline"]
+    for name, value in here["pipeline"].items():
+        if there.get(name) != value:
+            shown = value if name in ("num_stages", "cuts", "method") else "another"
+            raise Mismatch(f"{name} is {there.get(name) if shown is value else 'one'} in the checkpoint, {shown} here")
+    for name in ("fdg_jax", "jax", "flax"):  # which decide what a memo holds, and in which order
+        saved, running = record["versions"][name], here["versions"][name]
+        if record["memos"] and saved != running:
+            raise Mismatch(f"{name} is {saved} in the checkpoint, {running} here, which cannot read its memos")
+
+
+def compare_memos(what: str, memo: Memo, trace: Trace) -> None:
+    """Whether a memo holds what a stage's backward reads; Mismatch says in what it differs."""
+    for part, wanted in (("saved", trace.saved), ("held", trace.held_shapes)):
+        leaves = [[name, number] for number, (name, _) in enumerate(named_leaves(getattr(memo, part)))]
+        compare(f"{what}: {part}", wanted, leaves, [_description(leaf) for leaf in getattr(memo, part)])
+
+
+def weights(snapshot: Snapshot, params: Sequence[PyTree], module_state: Sequence[PyTree]) -> tuple[list, list]:
+    """Parameters and module state, one tree a layer, whatever the cuts were; the rest is left.
+
+    Args:
+        snapshot: its arrays on the host.
+        params, module_state: of the network that asks, one tree a layer; structure and shapes matter.
+
+    Raises:
+        Mismatch: a layer has others, or there are more layers or fewer.
+    """
+    places = [
+        (k, g, j, size)
+        for k, groups in enumerate(snapshot.record["pipeline"]["groups"])
+        for g, size in enumerate(groups)
+        for j in range(size)
+    ]
+    if len(places) != len(params):
+        raise Mismatch(f"the network has {len(places)} layers in the checkpoint, {len(params)} here")
+
+    def layer(field: str, number: int, like: PyTree) -> PyTree:
+        k, g, j, size = places[number]
+        found = {}
+        for name, leaf in snapshot.record["stages"][k][field]:
+            group, _, inside = name.partition(".")
+            if group == str(g):
+                found[inside] = snapshot.arrays[leaf][j] if size > 1 else snapshot.arrays[leaf]
+        names = list(found)
+        compare(
+            f"layer {number}'s {field}",
+            like,
+            list(zip(names, range(len(names)), strict=True)),
+            [_description(found[name]) for name in names],
+        )
+        return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name, _ in named_leaves(like)])
+
+    return (
+        [layer("params", number, like) for number, like in enumerate(params)],
+        [layer("state", number, like) for number, like in enumerate(module_state)],
+    )
