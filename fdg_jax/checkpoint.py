@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as orbax
 
-from fdg_jax.sealed import Damaged, remove, seal, sweep, verify
+from fdg_jax.sealed import Damaged, free_name, remove, seal, sweep, verify
 from fdg_jax.snapshot import Snapshot
 
 PyTree = Any
@@ -121,10 +121,7 @@ class Checkpoints:
 
     def set_aside(self, path: Path) -> None:
         """Renames a damaged checkpoint, so that it counts no more; nothing is deleted."""
-        target, number = path.with_name(f"{path.name}.damaged"), 2
-        while target.exists():
-            target, number = path.with_name(f"{path.name}.damaged-{number}"), number + 1
-        path.rename(target)
+        path.rename(free_name(path.with_name(f"{path.name}.damaged")))
 
     @property
     def busy(self) -> bool:

@@ -53,6 +53,8 @@ def describe_metrics(values: Mapping[str, float]) -> str:
             parts.append(f"{name} {100 * value:.2f} %")
         elif name.endswith("images per s"):
             parts.append(f"{value:,.0f} images/s")
+        elif name == "skipped":
+            parts.append(f"{name} {value:.0f}")
         else:
             parts.append(f"{name} {value:.4f}")
     return "  ".join(parts)

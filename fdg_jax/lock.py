@@ -5,7 +5,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -33,7 +33,9 @@ def locked(folder: Path) -> Iterator[str | None]:
         os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
         yield _describe(before) if before else None
     finally:
-        path.unlink(missing_ok=True)  # before it is let go: whoever waits for it must find that it is gone
+        with suppress(OSError):  # the folder may be gone, or another run's by now
+            if _is_at(descriptor, path):
+                path.unlink()  # before it is let go: whoever waits for it must find that it is gone
         os.close(descriptor)
 
 
@@ -41,8 +43,10 @@ def is_locked(folder: Path) -> bool:
     """Whether a run lives in the folder at this moment."""
     try:
         descriptor = os.open(folder / "lock", os.O_RDWR)
-    except OSError:
+    except FileNotFoundError:
         return False
+    except OSError:  # another user's
+        return True
     try:
         return not _kernel_lock(descriptor) and _lives(_owner(descriptor))
     except OSError:
@@ -57,7 +61,7 @@ def _acquire(path: Path) -> int:
         try:
             if not _kernel_lock(descriptor) and _lives(_owner(descriptor)):
                 raise BlockingIOError
-            if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            if _is_at(descriptor, path):
                 return descriptor
         except BlockingIOError:
             owner = _owner(descriptor)
@@ -70,6 +74,13 @@ def _acquire(path: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)  # its holder removed it while we opened it
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _kernel_lock(descriptor: int) -> bool:
@@ -100,6 +111,8 @@ def _owner(descriptor: int) -> dict | None:
 def _lives(owner: dict | None) -> bool:
     if owner is None or owner["host"] != socket.gethostname():
         return owner is not None
+    if owner["pid"] == os.getpid():  # of a container before this one, whose processes are numbered alike
+        return False
     try:
         os.kill(owner["pid"], 0)
     except ProcessLookupError:

@@ -23,6 +23,7 @@ from fdg_jax.console import describe_metrics
 from fdg_jax.names import check_name
 from fdg_jax.resume import goes_on
 from fdg_jax.saving import RunFailed
+from fdg_jax.sealed import free_name
 from fdg_jax.train import train_and_evaluate
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -103,10 +104,7 @@ def _experiment_name() -> str:
 
 def default_workdir(base: Path, settings: Settings) -> Path:
     """The folder, or the next like it, that does not exist or holds this very run unfinished: runs/digits, -2, .."""
-    candidate, number = base, 2
-    while candidate.exists() and not goes_on(candidate, settings):
-        candidate, number = base.with_name(f"{base.name}-{number}"), number + 1
-    return candidate
+    return free_name(base, taken=lambda folder: folder.exists() and not goes_on(folder, settings))
 
 
 def _complain(reason: object, status: int) -> int:

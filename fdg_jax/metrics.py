@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fdg_jax.sealed import replace_text
+
 PyTree = Any
 
 
@@ -87,14 +89,14 @@ class MetricWriter:
     def __init__(self, workdir: Path, last_step: int | None = None):
         from tensorboardX.event_file_writer import EventsWriter  # only a run with a workdir needs it
         from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.summary import scalar
+        from tensorboardX.proto.summary_pb2 import Summary
 
         self._path = workdir / "metrics.jsonl"
         if last_step is not None:
             _drop_later(self._path, last_step)
         self._lines = self._path.open("a", encoding="utf-8")
         # Its SummaryWriter writes from a thread, and waits for ever once the disk is full and the thread dead.
-        self._event_type, self._scalar = Event, scalar
+        self._event_type, self._summary_type = Event, Summary
         self._events = EventsWriter(str(workdir / "events"), f".{os.getpid()}")
         if last_step is not None:
             start = SessionLog(status=SessionLog.START)  # hides the events of this step and later ones
@@ -110,9 +112,9 @@ class MetricWriter:
         line = {"step": step, "epoch": round(epoch, 4), "time_s": round(time_s, 3), **finite}
         self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()
-        for tag, value in values.items():
-            event = self._event_type(step=step, summary=self._scalar(tag, value), wall_time=time.time())
-            self._events.write_event(event)
+        scalars = [self._summary_type.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        summary = self._summary_type(value=scalars)
+        self._events.write_event(self._event_type(step=step, wall_time=time.time(), summary=summary))
         self._events.flush()
 
     def close(self) -> None:
@@ -135,6 +137,4 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _drop_later(path: Path, last_step: int) -> None:
     kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= last_step]
-    new = path.with_name(path.name + ".new")
-    new.write_text("".join(kept), encoding="utf-8")
-    new.replace(path)
+    replace_text(path, "".join(kept))

@@ -236,7 +236,8 @@ class Pipeline:
         """
         with using(state, self.num_stages):
             snapshot = snapshots.take(state)
-        return Snapshot(snapshot.arrays, {**snapshot.record, **self._identity()})
+        targets = snapshots.shapes_as_json(self._targets)
+        return Snapshot(snapshot.arrays, {**snapshot.record, **self._identity(), "targets": targets})
 
     def restore(self, state: State, snapshot: Snapshot, example_targets: PyTree = None) -> State:
         """The state of a snapshot, on this pipeline's devices, from which training goes on with the same bits.
@@ -251,12 +252,15 @@ class Pipeline:
         """
         engine = self._started()
         snapshots.compare_runs(snapshot.record, self._identity())
-        targets = None if example_targets is None else batched_shapes("example_targets", example_targets)
+        given = None if example_targets is None else batched_shapes("example_targets", example_targets)
+        targets = snapshots.targets_of(snapshot.record, given)
         with using(state, self.num_stages):
+            if targets is not None:
+                engine.expect(state, targets)
             found = snapshots.put(snapshot, state, self.devices, engine.plan.shapes, targets)
         for (k, batch), memo in found.memos.items():
-            if k in engine.workers:
-                snapshots.compare_memos(f"the memo of batch {batch} on stage {k}", memo, engine.workers[k].trace)
+            snapshots.compare_memos(f"the memo of batch {batch} on stage {k}", memo, engine.workers[k].trace)
+        self._targets = targets
         return found
 
     def _identity(self) -> dict[str, Any]:

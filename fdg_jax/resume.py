@@ -153,7 +153,7 @@ def _go_on(
     if (saved := found.notes["data"]) != (here := described(source)):
         name = next(name for name in here if saved.get(name) != here[name])
         raise Mismatch(f"of the data, {name} was {saved.get(name)}, is {here[name]}")
-    state = pipe.restore(_init(pipe, settings, source), snapshot, jax.ShapeDtypeStruct((settings.batch_size,), "int32"))
+    state = pipe.restore(_init(pipe, settings, source), snapshot)
     in_flight = f", with {snapshot.in_flight} in flight" if snapshot.in_flight else ""
     _tell(console, f"going on after step {found.progress.step}{in_flight}, from {found.path}")
     return pipe, source, state, found.progress

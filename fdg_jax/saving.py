@@ -38,6 +38,7 @@ class Saving:
         self.step = step  # the last one saved, or being saved
         self._at = time.monotonic()
         self._failures = 0
+        self.error: str | None = None  # why the last one could not be written
 
     def due(self, step: int) -> bool:
         """Whether to save now; what falls due while a checkpoint is being written waits for its end."""
@@ -60,18 +61,15 @@ class Saving:
         for outcome in self._checkpoints.outcomes():
             self._judge(outcome, allowed=1)
 
-    def close(self) -> str | None:
-        """Waits for the last checkpoint: why it could not be written, or None.
+    def close(self) -> None:
+        """Waits for the last checkpoint; tells where it could not be written.
 
         Raises:
             RunFailed: checkpoints are required, and it could not be written.
         """
         self._checkpoints.wait()
-        error = None
         for outcome in self._checkpoints.outcomes():
-            error = outcome.error
             self._judge(outcome, allowed=0)
-        return error
 
     @property
     def newest(self) -> str:
@@ -80,6 +78,7 @@ class Saving:
         return f"the newest complete checkpoint is {paths[-1]}" if paths else "there is no complete checkpoint"
 
     def _judge(self, outcome: Outcome, allowed: int) -> None:
+        self.error = outcome.error
         if outcome.error is None:
             if self._failures:
                 self._tell(f"checkpoints are written again: {outcome.folder}")

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -50,6 +51,22 @@ def seal(folder: Path, fill: Callable[[Path], None], num_bytes: int = 0) -> None
         raise
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file; one that is there already is replaced once the new one is complete.
+
+    Raises:
+        OSError: it cannot be written; the one before is as it was.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
 def remove(folder: Path) -> None:
     """Takes a folder away, whose name is free from the first moment on, however long that takes."""
     removed = folder.with_name(folder.name + REMOVED)
@@ -63,6 +80,14 @@ def sweep(parent: Path) -> None:
     for ending in (PARTIAL, REMOVED):
         for path in parent.glob(f"*{ending}"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def free_name(path: Path, taken: Callable[[Path], bool] = Path.exists) -> Path:
+    """The path, or the next like it that is not taken: runs/digits, runs/digits-2, .."""
+    candidate, number = path, 2
+    while taken(candidate):
+        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return candidate
 
 
 def verify(folder: Path) -> None:

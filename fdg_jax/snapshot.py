@@ -107,7 +107,7 @@ def put(
         fresh: a state before its first batch, which says what the stages must own.
         devices: of every stage.
         shapes: of every stage's inputs.
-        targets: of a batch, as shapes; needed where targets are a tree.
+        targets: of a batch, as shapes; None where there has been none.
 
     Raises:
         Mismatch: a stage owns something else than `fresh`, or a message has another shape.
@@ -125,9 +125,8 @@ def put(
         found = {}
         for message in messages:
             kind, k, n, leaves = (message[name] for name in ("kind", "stage", "batch", "leaves"))
-            wanted = _message_shapes(kind, k, shapes, targets if targets is not None else np.zeros(()))
-            if targets is not None or kind in (INPUTS, COTANGENTS):
-                compare(f"the {kind} of batch {n} for stage {k}", wanted, leaves, record["arrays"])
+            wanted = _message_shapes(kind, k, shapes, targets)
+            compare(f"the {kind} of batch {n} for stage {k}", wanted, leaves, record["arrays"])
             found[kind, k, n] = tree(owner(kind, k, last), wanted, leaves)
         return found
 
@@ -276,6 +275,29 @@ def compare_runs(record: Mapping[str, Any], here: Mapping[str, Any]) -> None:
         saved, running = record["versions"][name], here["versions"][name]
         if record["memos"] and saved != running:
             raise Mismatch(f"{name} is {saved} in the checkpoint, {running} here, which cannot read its memos")
+
+
+def shapes_as_json(tree: PyTree) -> list | None:
+    """Names, shapes and dtypes of a tree's leaves."""
+    return None if tree is None else [[name, _description(leaf)] for name, leaf in named_leaves(tree)]
+
+
+def targets_of(record: Mapping[str, Any], given: PyTree) -> PyTree:
+    """The targets of a batch, as shapes, of a recorded run; None where it had not seen a batch.
+
+    Raises:
+        Mismatch: those given are others, or none are and they are no single array.
+    """
+    saved = record["targets"]
+    if saved is None:
+        return given
+    if given is None and [name for name, _ in saved] == [""]:
+        return jax.ShapeDtypeStruct(tuple(saved[0][1]["shape"]), np.dtype(saved[0][1]["dtype"]))
+    if given is None:
+        raise Mismatch("targets are a tree, which a checkpoint cannot tell: give example_targets")
+    leaves = [[name, number] for number, (name, _) in enumerate(saved)]
+    compare("the targets of a batch", given, leaves, [description for _, description in saved])
+    return given
 
 
 def compare_memos(what: str, memo: Memo, trace: Trace) -> None:

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -26,6 +26,7 @@ from fdg_jax.metrics import MetricWriter, masked_sums, read_lines
 from fdg_jax.pipeline import Pipeline
 from fdg_jax.resume import Progress, begin, find
 from fdg_jax.saving import RunFailed, Saving
+from fdg_jax.sealed import free_name, replace_text
 
 T = TypeVar("T")
 
@@ -70,13 +71,19 @@ def train_and_evaluate(settings: Settings, workdir: Path, console: Console) -> R
         pipe, source, state, progress = begin(settings, found, console)
         if not workdir.is_dir():
             stack.enter_context(_owned(workdir, console))
+            if found is None and find(settings, workdir, checkpoints, console):
+                raise ConfigError(f"another run has begun in {workdir} meanwhile: try again")
         if done := _done(settings, source, workdir, progress):
             return done
         writer = stack.enter_context(closing(_writer(workdir, settings, progress.last_log if found else None)))
         checkpoints.sweep()
         _announce(settings, pipe, source, workdir, console)
         received = stack.enter_context(_signals(console))
-        return _Run(settings, pipe, source, workdir, writer, checkpoints, progress, console).train(state, received)
+        try:
+            return _Run(settings, pipe, source, workdir, writer, checkpoints, progress, console).train(state, received)
+        except RunFailed:
+            checkpoints.wait()  # nothing may be written once the folder is let go
+            raise
 
 
 @contextmanager
@@ -117,7 +124,7 @@ def _done(settings: Settings, source: Source, workdir: Path, progress: Progress)
 
 def _writer(workdir: Path, settings: Settings, last_log: int | None) -> MetricWriter:
     try:
-        (workdir / "config.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
+        replace_text(workdir / "config.json", json.dumps(asdict(settings), indent=2) + "\n")
         return MetricWriter(workdir, last_log)
     except OSError as error:
         raise ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}; choose another") from error
@@ -155,7 +162,8 @@ def _signals(console: Console) -> Iterator[list[int]]:
         received.append(number)
         for each, handler in previous.items():
             signal.signal(each, handler)
-        console.print("stopping after this batch to save it; press Ctrl-C again to stop at once", style="yellow")
+        with suppress(RuntimeError):  # where the signal fell into a print that waits for its reader
+            console.print("stopping after this batch to save it; press Ctrl-C again to stop at once", style="yellow")
 
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -316,7 +324,7 @@ class _Run:
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)  # should it have vanished
             if folder.exists():  # of the run that this one carried on
-                folder.rename(self.workdir / f"params_step_{self.first_step}")
+                folder.rename(free_name(self.workdir / f"params_of_step_{self.first_step}"))
             save_weights(folder, weights)
         except (OSError, ValueError) as error:
             raise RunFailed(f"the weights cannot be written to {folder}: {error}; {self.saving.newest}") from error
@@ -327,13 +335,14 @@ class _Run:
         step = self.progress.step
         if self.saving.step < step:
             self.save(state)
-        error = self.saving.close()
-        where = (
-            f"which is not saved ({error}); {self.saving.newest}"
-            if error
-            else f"saved in {self.checkpoints.path(step)}"
-        )
-        summary = f"stopped after step {step} of {self.num_steps}, {where}: the same command goes on from there"
+        self.saving.close()
+        if (path := self.checkpoints.path(step)).is_dir():
+            where = f"saved in {path}: the same command goes on from there"
+        else:
+            goes_on = "goes on from there" if self.checkpoints.complete() else "begins again"
+            why = f"which is not saved ({self.saving.error}); " if step else ""
+            where = f"{why}{self.saving.newest}: the same command {goes_on}"
+        summary = f"stopped after step {step} of {self.num_steps}, {where}"
         return Result(self.progress.metrics, self.seconds, number, summary)
 
     @property

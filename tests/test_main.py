@@ -1,6 +1,7 @@
 """The command line as a user meets it: real processes, their output and their exit status."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -15,6 +16,8 @@ from types import SimpleNamespace
 import pytest
 
 from fdg_jax import main as cli
+from fdg_jax.config import CheckpointSettings, Settings
+from fdg_jax.lock import locked
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ("--config", "experiments/digits.py")
@@ -177,25 +180,39 @@ def test_a_signal_stops_the_run_between_batches_and_keeps_its_work(number, statu
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == status, stderr
-    assert "stopping after this batch" in stdout
-    assert f"stopped early; weights and metrics are in {tmp_path}/run" in stdout.splitlines()[-1]
-    assert (tmp_path / "run" / "params").is_dir()
-    assert "test/accuracy" in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert "stopping after this batch to save it" in stdout
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step_*[0-9]")
+    assert f"saved in {saved}: the same command goes on from there" in stdout.splitlines()[-1]
+    assert not (tmp_path / "run" / "params").exists()
     assert stderr == ""
 
 
 def test_an_interrupt_outside_the_loop_is_no_traceback(monkeypatch, capsys):
+    ended = []
+
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_given_config", interrupted)
     flags = SimpleNamespace(FLAGS={"verbosity": SimpleNamespace(present=True)})
     monkeypatch.setattr(cli, "flags", flags)
-    assert cli.main(["fdg_jax"]) == 130
-    assert capsys.readouterr().err == "fdg_jax: stopped at once; what was written up to the last log is kept\n"
+    monkeypatch.setattr(cli.os, "_exit", ended.append)
+    with pytest.raises(UnboundLocalError):  # which _exit would not have come back for
+        cli.main(["fdg_jax"])
+    assert ended == [130]
+    assert capsys.readouterr().err == "fdg_jax: stopped at once; what was written before is kept\n"
 
 
-def test_a_default_workdir_is_the_next_free_one(tmp_path):
+def test_a_default_workdir_is_the_next_free_one_or_the_run_to_go_on_with(tmp_path):
+    base, settings = tmp_path / "digits", Settings()
     for name in ("digits", "digits-2"):
-        assert cli._free_workdir(tmp_path / "digits") == tmp_path / name
+        assert cli.default_workdir(base, settings) == tmp_path / name
         (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(dataclasses.asdict(Settings(seed=9))))
+    assert cli.default_workdir(base, Settings(seed=9)) == base
+    (base / "params").mkdir()  # finished
+    assert cli.default_workdir(base, Settings(seed=9)) == tmp_path / "digits-2"
+    with locked(tmp_path / "digits-2"):
+        assert cli.default_workdir(base, Settings(seed=9)) == tmp_path / "digits-3"
+    never = Settings(seed=9, checkpoint=CheckpointSettings(resume="never"))
+    assert cli.default_workdir(base, never) == tmp_path / "digits-3"

@@ -107,6 +107,9 @@ class Engine(Protocol):
     def init(self, params: list[PyTree], state: list[PyTree], key: jax.Array, first_batch: int = 0) -> State:
         """The state before batch `first_batch`, the first to come; params and state come one tree a layer."""
 
+    def expect(self, state: State, targets: PyTree) -> None:
+        """Traces the last stage for targets of these shapes; the first step does so by itself."""
+
     def step(self, state: State, inputs: PyTree, targets: PyTree) -> tuple[State, Metrics | None]:
         """Feeds a batch and runs one period of the schedule; metrics of the batch that left the last stage, if any."""
 

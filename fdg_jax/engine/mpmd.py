@@ -50,6 +50,10 @@ class Mpmd:
                 self.workers[k] = Worker(self.plan, k, stages[k])
         return State(fed=first_batch, origin=first_batch, stages=tuple(stages), inbox={}, outbox={}, memos={})
 
+    def expect(self, state: State, targets: PyTree) -> None:
+        if self.plan.last not in self.workers:
+            self.workers[self.plan.last] = Worker(self.plan, self.plan.last, state.stages[-1], targets)
+
     def step(self, state: State, inputs: PyTree, targets: PyTree) -> tuple[State, Metrics | None]:
         period, fed = self.plan.schedule.period, state.fed - state.origin
         walk = _Walk(self, self._with_totals(state, targets))
@@ -62,8 +66,7 @@ class Mpmd:
     def _with_totals(self, state: State, targets: PyTree) -> State:
         """The last stage is traced here, when the first batch brings the shapes of the targets, and gets its sums."""
         last, own = self.plan.last, state.stages[-1]
-        if last not in self.workers:
-            self.workers[last] = Worker(self.plan, last, own, targets)
+        self.expect(state, targets)
         if own.totals:
             return state
         zeros = {name: np.zeros((), np.float32) for name in self.workers[last].total_names}
