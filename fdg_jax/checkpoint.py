@@ -5,6 +5,7 @@ Every folder is sealed (see `sealed`), and what is damaged never reaches Orbax. 
 
 import json
 import logging
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -102,8 +103,8 @@ class Checkpoints:
         keep_best: and how many of those with the lowest "test_error" in their notes.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 2, keep_best: int = 0):
-        self.folder, self._keep_last, self._keep_best = folder, keep_last, keep_best
+    def __init__(self, folder: str | os.PathLike, keep_last: int = 2, keep_best: int = 0):
+        self.folder, self._keep_last, self._keep_best = Path(folder), keep_last, keep_best
         self._thread: threading.Thread | None = None
         self._outcomes: list[Outcome] = []
 

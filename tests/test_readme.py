@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import jax
+from helpers import assert_trees_close
 
 from fdg_jax import schedule as schedules
 
@@ -39,28 +40,37 @@ def test_what_is_installed_exists():
 
 def test_the_training_commands_reach_what_is_promised(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
-    processes = []
-    for number, line in enumerate(TRAININGS):
-        words = shlex.split(line)
+
+    def start(number, line):
+        words = shlex.split(line.replace("=runs/digits", f"={tmp_path / '0'}"))
         if "--workdir" in words:
             del words[words.index("--workdir") : words.index("--workdir") + 2]
         if "digits" not in line and ":smoke" not in line:  # what takes days is tried by the variant that takes seconds
             words = [word + ":smoke" if word.startswith("experiments/") else word for word in words]
         command = [sys.executable, *words[1:], "--workdir", str(tmp_path / str(number))]
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE))
-    for line, process in zip(TRAININGS, processes, strict=True):
-        stdout, _ = process.communicate()
-        assert process.returncode == 0
-        if "digits" not in line:
-            continue
-        accuracy = float(re.search(r"test accuracy ([\d.]+) %", stdout.splitlines()[-1]).group(1))
-        assert accuracy >= (98.0 if "beta" not in line else 95.0)
+        return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE)
+
+    later = [line for line in TRAININGS if "init_from" in line]  # they need the weights of the first
+    assert TRAININGS[0] == "python -m fdg_jax.main --config experiments/digits.py"
+    for lines in ([line for line in TRAININGS if line not in later], later):
+        processes = [start(TRAININGS.index(line), line) for line in lines]
+        for line, process in zip(lines, processes, strict=True):
+            stdout, _ = process.communicate()
+            assert process.returncode == 0
+            if "digits" in line:
+                accuracy = float(re.search(r"test accuracy ([\d.]+) %", stdout.splitlines()[-1]).group(1))
+                assert accuracy >= (98.0 if "beta" not in line else 95.0)
 
 
-def test_the_library_example(capsys):
-    (code,) = [text for language, text in BLOCKS if language == "python"]
+def test_the_library_examples(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    training, saving = [text for language, text in BLOCKS if language == "python"]
     names = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(training, "README.md", "exec"), names)
+    before = names["params"]
+    exec(compile(saving, "README.md", "exec"), names)
+    assert names["notes"] == {"batches": 100}
+    assert_trees_close(names["pipe"].params(names["state"]), before, 0)
     accuracy = (names["logits"].argmax(-1) == names["source"].test_labels).mean()
     assert accuracy > 0.95
     assert len(names["params"]) == len(names["layers"])
