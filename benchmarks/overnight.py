@@ -128,6 +128,8 @@ class Process:
             self.life.ended_by = self._child.wait()
             self.life.seconds = self.age
             self._reader.join()
+            if self._child.stdout:
+                self._child.stdout.close()
 
 
 class Run:
@@ -295,9 +297,9 @@ def check_memory(lives: list[Life], args: argparse.Namespace) -> str | None:
     grown = (longest["slope_last_half_mib_per_min"] or 0) * (longest["minutes"] or 0) / 2
     if grown > args.allowed_mib:
         return f"{grown:.1f} MiB in the last {longest['minutes'] / 2:.1f} minutes of the longest life"
-    ends = [end for life in lives if (end := memory(life, args.settle_s)["max_mib"])]
-    quarter = max(1, len(ends) // 4)
-    between = statistics.median(ends[-quarter:]) - statistics.median(ends[:quarter])
+    starts = [start for life in lives if (start := memory(life, args.settle_s)["start_mib"])]
+    quarter = max(1, len(starts) // 4)
+    between = statistics.median(starts[-quarter:]) - statistics.median(starts[:quarter]) if starts else 0.0
     return f"{between:.1f} MiB more in late lives than in early ones" if between > args.allowed_mib else None
 
 

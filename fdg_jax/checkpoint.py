@@ -5,12 +5,15 @@ Every folder is sealed (see `sealed`), and what is damaged never reaches Orbax. 
 
 import json
 import logging
+import math
 import os
 import re
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +26,7 @@ from fdg_jax.snapshot import Snapshot
 
 PyTree = Any
 RECORD, ARRAYS, WEIGHTS = "record.json", "arrays", "weights"
+PACKED = "packed"  # the one array of a checkpoint
 
 
 class Weights(NamedTuple):
@@ -77,10 +81,9 @@ def read_checkpoint(folder: Path) -> tuple[Snapshot, dict[str, Any]]:
     try:
         record = json.loads((folder / RECORD).read_text())
         shapes = [np.empty(a["shape"], np.dtype(a["dtype"])) for a in record["snapshot"]["arrays"]]
-        like = {str(number): leaf for number, leaf in enumerate(shapes) if leaf.size}
         with _quiet():
-            found = orbax.load((folder / ARRAYS).absolute(), like)
-        return Snapshot([found.get(str(n), leaf) for n, leaf in enumerate(shapes)], record["snapshot"]), record["notes"]
+            found = orbax.load((folder / ARRAYS).absolute(), {PACKED: _room(shapes)})
+        return Snapshot(_views(found[PACKED], shapes), record["snapshot"]), record["notes"]
     except Exception as error:
         raise Damaged(f"{folder} cannot be read: {_first_line(error)}") from error
 
@@ -135,6 +138,7 @@ class Checkpoints:
         snapshot: Snapshot,
         notes: Mapping[str, Any],
         unfit: Callable[[Snapshot], bool] = lambda snapshot: False,
+        in_background: bool = True,
     ) -> None:
         """Begins to write a checkpoint; `outcomes` tells how it went. Waits for the one before.
 
@@ -143,10 +147,12 @@ class Checkpoints:
             snapshot: from `snapshot.take`.
             notes: JSON, given back by `read_checkpoint`.
             unfit: looks at the snapshot when it is on the host; one that it refuses is silently not written.
+            in_background: whether training goes on meanwhile and comes first, where the cores are too few for both.
         """
         self.wait()
         # A daemon, since Python waits for others before it exits: a second Ctrl-C must not wait for a disk.
-        self._thread = threading.Thread(target=self._save, args=(step, [snapshot], dict(notes), unfit), daemon=True)
+        args = step, [snapshot], dict(notes), unfit, in_background
+        self._thread = threading.Thread(target=self._save, args=args, daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -160,21 +166,23 @@ class Checkpoints:
         ended, self._outcomes = self._outcomes, []
         return ended
 
-    def _save(self, step: int, snapshots: list[Snapshot], notes: dict, unfit: Callable) -> None:
+    def _save(self, step: int, snapshots: list[Snapshot], notes: dict, unfit: Callable, in_background: bool) -> None:
+        if in_background:
+            _step_back()
         snapshot = snapshots.pop()  # the only reference: the copies on the devices go as soon as they are on the host
         folder = self.path(step)
         error = None
         try:
-            arrays = [np.asarray(leaf) for leaf in jax.device_get(snapshot.arrays)]
+            packed, arrays = _packed(jax.device_get(snapshot.arrays))
             if unfit(snapshot := Snapshot(arrays, snapshot.record)):
                 return
 
             def write(inside: Path) -> None:
-                _save_tree(inside / ARRAYS, {str(number): leaf for number, leaf in enumerate(arrays) if leaf.size})
+                _save_tree(inside / ARRAYS, {PACKED: packed})
                 (inside / RECORD).write_text(json.dumps({"snapshot": snapshot.record, "notes": notes}))
 
             self.folder.mkdir(exist_ok=True)
-            seal(folder, write, sum(leaf.nbytes for leaf in arrays))
+            seal(folder, write, packed.nbytes)
             self._retire()
         except Exception as failure:  # whatever it is, training need not end for it
             error = _first_line(failure)
@@ -191,11 +199,45 @@ class Checkpoints:
                 remove(path)
 
 
+def _step_back() -> None:
+    """Leaves training most of the cores: without this, ticks during a save took 1.5 times as long."""
+    if sys.platform == "linux":  # elsewhere a priority is a whole process's
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
 def _test_error(folder: Path) -> float | None:
     try:
-        return json.loads((folder / RECORD).read_text())["notes"].get("test_error")
-    except (OSError, ValueError, KeyError):
+        error = float(json.loads((folder / RECORD).read_text())["notes"]["test_error"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+    return None if math.isnan(error) else error
+
+
+def _packed(arrays: Sequence[Any]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Arrays copied into one of bytes, and as views of it: Orbax takes most of a millisecond of a core for each."""
+    packed = _room(arrays)
+    views = _views(packed, arrays)
+    for view, array in zip(views, arrays, strict=True):
+        view[...] = array
+    return packed, views
+
+
+def _room(arrays: Sequence[Any]) -> np.ndarray:
+    return np.zeros(sum(_padded(array) for array in arrays), np.uint8)
+
+
+def _views(packed: np.ndarray, arrays: Sequence[Any]) -> list[np.ndarray]:
+    """The parts of an array of bytes, with the shapes and dtypes of the given arrays."""
+    begins = accumulate(map(_padded, arrays), initial=0)
+    return [
+        packed[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
+        for begin, array in zip(begins, arrays, strict=False)
+    ]
+
+
+def _padded(array: Any) -> int:
+    """Its bytes, and a few more, so that what comes behind it is as aligned as NumPy wants it."""
+    return -(-array.nbytes // 64) * 64
 
 
 def _save_tree(folder: Path, tree: PyTree) -> None:
@@ -220,4 +262,6 @@ def _quiet() -> Iterator[None]:
 def _first_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if code := re.search(r"\[os_error_code='(\d+)'\]", str(error)):  # TensorStore's, behind many paths
+        return os.strerror(int(code[1]))
     return (str(error).strip() or type(error).__name__).splitlines()[0]

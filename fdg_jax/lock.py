@@ -103,9 +103,10 @@ def _kernel_lock(descriptor: int) -> bool:
 def _owner(descriptor: int) -> dict | None:
     try:
         owner = json.loads(os.pread(descriptor, 4096, 0))
-        return {"pid": int(owner["pid"]), "host": str(owner["host"])}
-    except (ValueError, KeyError, TypeError):
+        owner = {"pid": int(owner["pid"]), "host": str(owner["host"])}
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+    return owner if 0 < owner["pid"] < 2**31 else None  # a number beyond means none or several to the kernel
 
 
 def _lives(owner: dict | None) -> bool:

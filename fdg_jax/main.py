@@ -8,9 +8,13 @@ configuration is wrong, 130 or 143 stopped by a signal.
 
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import jax
@@ -40,10 +44,17 @@ _WORKDIR = flags.DEFINE_string(
     "runs/ and the name of the experiment.",
 )
 
+STOPPED_AT_ONCE = "stopped at once; what was written before is kept"
+
 
 def main(argv: Sequence[str]) -> int:
     """Runs the experiment that the flags name; returns the exit status."""
     console = Console()
+    with _second_signal_exits(console):
+        return _main(argv, console)
+
+
+def _main(argv: Sequence[str], console: Console) -> int:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
     try:
@@ -61,11 +72,42 @@ def main(argv: Sequence[str]) -> int:
     except RunFailed as error:
         return _complain(error, 1)
     except KeyboardInterrupt:
-        _complain("stopped at once; what was written before is kept", 130)
+        _complain(STOPPED_AT_ONCE, 130)
         os._exit(130)  # not to wait for the devices, nor for what is being written
     line = result.summary if result.stopped_by else f"{describe_metrics(result.metrics)}  {result.summary}"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 128 + result.stopped_by if result.stopped_by else 0
+
+
+@contextmanager
+def _second_signal_exits(console: Console) -> Iterator[None]:
+    """Ends the process at a second SIGINT or SIGTERM, even while a compiler or a device keeps the main thread.
+
+    Python acts on a signal only when that returns; the pipe hears of it at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    hears, tells = os.pipe()
+    os.set_blocking(tells, False)
+    over = threading.Event()
+
+    def listen() -> None:
+        with open(hears, "rb", buffering=0) as pipe:
+            numbers = (byte[0] for byte in iter(lambda: pipe.read(1), b""))
+            stops = list(islice((n for n in numbers if n in (signal.SIGINT, signal.SIGTERM)), 2))
+        if len(stops) == 2 and not over.wait(timeout=1):  # the main thread ends in better order, where it can
+            console.show_cursor()
+            os._exit(_complain(STOPPED_AT_ONCE, 128 + stops[-1]))
+
+    before = signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        over.set()
+        os.close(tells)
 
 
 def make_devices(num_stages: int) -> None:
@@ -104,7 +146,7 @@ def _experiment_name() -> str:
 
 def default_workdir(base: Path, settings: Settings) -> Path:
     """The folder, or the next like it, that does not exist or holds this very run unfinished: runs/digits, -2, .."""
-    return free_name(base, taken=lambda folder: folder.exists() and not goes_on(folder, settings))
+    return free_name(base, taken=lambda folder: os.path.exists(folder) and not goes_on(folder, settings))
 
 
 def _complain(reason: object, status: int) -> int:

@@ -118,8 +118,9 @@ class MetricWriter:
         self._events.flush()
 
     def close(self) -> None:
-        self._lines.close()
-        self._events.close()
+        for file in (self._lines, self._events):
+            with contextlib.suppress(OSError):  # of what `write` could not write, and has told
+                file.close()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

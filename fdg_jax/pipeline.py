@@ -255,9 +255,12 @@ class Pipeline:
         given = None if example_targets is None else batched_shapes("example_targets", example_targets)
         targets = snapshots.targets_of(snapshot.record, given)
         with using(state, self.num_stages):
+            found = snapshots.put(snapshot, state, self.devices, engine.plan.shapes, targets)
             if targets is not None:
                 engine.expect(state, targets)
-            found = snapshots.put(snapshot, state, self.devices, engine.plan.shapes, targets)
+        if totals := found.stages[-1].totals:
+            reported = {name: np.zeros((), np.float32) for name in engine.workers[self.num_stages - 1].total_names}
+            snapshots.compare_totals(totals, reported)
         for (k, batch), memo in found.memos.items():
             snapshots.compare_memos(f"the memo of batch {batch} on stage {k}", memo, engine.workers[k].trace)
         self._targets = targets

@@ -38,7 +38,6 @@ class Saving:
         self.step = step  # the last one saved, or being saved
         self._at = time.monotonic()
         self._failures = 0
-        self.error: str | None = None  # why the last one could not be written
 
     def due(self, step: int) -> bool:
         """Whether to save now; what falls due while a checkpoint is being written waits for its end."""
@@ -47,9 +46,9 @@ class Saving:
         by_time = settings.every_minutes and time.monotonic() - self._at >= 60 * settings.every_minutes
         return bool(by_steps or by_time) and not self._checkpoints.busy
 
-    def save(self, step: int, snapshot: Snapshot, notes: Mapping[str, Any]) -> None:
-        """Begins to write; waits for the checkpoint before where that is not complete yet."""
-        self._checkpoints.save(step, snapshot, notes, self._unfit)
+    def save(self, step: int, snapshot: Snapshot, notes: Mapping[str, Any], in_background: bool = True) -> None:
+        """Begins to write, beside the training or alone, when the checkpoint before is complete."""
+        self._checkpoints.save(step, snapshot, notes, self._unfit, in_background)
         self.step, self._at = step, time.monotonic()
 
     def watch(self) -> None:
@@ -59,7 +58,7 @@ class Saving:
             RunFailed: checkpoints are required, and two in a row could not be written.
         """
         for outcome in self._checkpoints.outcomes():
-            self._judge(outcome, allowed=1)
+            self._judge(outcome)
 
     def close(self) -> None:
         """Waits for the last checkpoint; tells where it could not be written.
@@ -68,8 +67,9 @@ class Saving:
             RunFailed: checkpoints are required, and it could not be written.
         """
         self._checkpoints.wait()
-        for outcome in self._checkpoints.outcomes():
-            self._judge(outcome, allowed=0)
+        outcomes = self._checkpoints.outcomes()
+        for outcome in outcomes:
+            self._judge(outcome, is_last=outcome is outcomes[-1])
 
     @property
     def newest(self) -> str:
@@ -77,8 +77,7 @@ class Saving:
         paths = self._checkpoints.complete()
         return f"the newest complete checkpoint is {paths[-1]}" if paths else "there is no complete checkpoint"
 
-    def _judge(self, outcome: Outcome, allowed: int) -> None:
-        self.error = outcome.error
+    def _judge(self, outcome: Outcome, is_last: bool = False) -> None:
         if outcome.error is None:
             if self._failures:
                 self._tell(f"checkpoints are written again: {outcome.folder}")
@@ -86,10 +85,10 @@ class Saving:
             return
         self._failures += 1
         line = f"the checkpoint of step {outcome.step} could not be written: {outcome.error}; {self.newest}"
-        if self._settings.required and self._failures > allowed:
+        if self._settings.required and (is_last or self._failures > 1):
             raise RunFailed(line)
         if self._failures == 1:
-            self._tell(f"{line}; training goes on")
+            self._tell(line if is_last else f"{line}; training goes on")
 
     def _tell(self, line: str) -> None:
         self._console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)

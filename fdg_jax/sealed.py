@@ -9,8 +9,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -43,9 +43,8 @@ def seal(folder: Path, fill: Callable[[Path], None], num_bytes: int = 0) -> None
         files = {str(path.relative_to(partial)): _measure(path, sync=True) for path in _files(partial)}
         (partial / MANIFEST).write_text(json.dumps({"files": files}))
         _measure(partial / MANIFEST, sync=True)
-        if folder.exists():
-            remove(folder)
-        partial.rename(folder)
+        with _out_of_the_way(folder):
+            partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -69,14 +68,32 @@ def replace_text(path: Path, text: str) -> None:
 
 def remove(folder: Path) -> None:
     """Takes a folder away, whose name is free from the first moment on, however long that takes."""
+    with _out_of_the_way(folder):
+        pass
+
+
+@contextmanager
+def _out_of_the_way(folder: Path) -> Iterator[None]:
+    """Frees the name of a folder, if there is one, and removes it afterwards; it comes back if that is cut off."""
     removed = folder.with_name(folder.name + REMOVED)
     shutil.rmtree(removed, ignore_errors=True)
-    folder.rename(removed)
+    try:
+        if folder.exists():
+            folder.rename(removed)
+        yield
+    except BaseException:
+        if removed.exists() and not folder.exists():
+            removed.rename(folder)
+        raise
     shutil.rmtree(removed, ignore_errors=True)
 
 
 def sweep(parent: Path) -> None:
     """Removes what is left in a folder of sealing and removing that were cut off."""
+    for removed in parent.glob(f"*{REMOVED}"):
+        folder = removed.with_name(removed.name.removesuffix(REMOVED))
+        if not folder.exists() and folder.with_name(folder.name + PARTIAL).exists():
+            removed.rename(folder)  # it was to be replaced, and its successor did not come
     for ending in (PARTIAL, REMOVED):
         for path in parent.glob(f"*{ending}"):
             shutil.rmtree(path, ignore_errors=True)
@@ -121,7 +138,7 @@ def _manifest(path: Path) -> dict[str, list]:
         listed = json.loads(path.read_text())["files"]
         if not all(type(size) is int and type(digest) is str for size, digest in listed.values()):
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Damaged(f"{path.parent} is damaged: {MANIFEST} cannot be read") from None
     return listed
 

@@ -7,8 +7,9 @@ tree, however many memos point to it. The record is plain JSON; what reads it tr
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import numpy as np
 from fdg_jax.backward import Memo, Trace
 from fdg_jax.engine.base import COTANGENTS, INPUTS, Metrics, PyTree, StageState, State
 
+_version = cache(version)  # it reads files
 FAULTS = 2  # its place in `StageState.counts`
 Leaf = tuple[str, Any]  # a name, and an array or its shape
 
@@ -165,6 +167,8 @@ def compare(what: str, wanted: PyTree, leaves: list, arrays: list[dict]) -> None
                 f"{what}{'.' * bool(name)}{name} is {there.get(name, 'missing')} in the checkpoint, "
                 f"{here.get(name, 'missing')} here"
             )
+    if list(here) != list(there):  # leaves are put back by their places
+        raise Mismatch(f"{what} has the order {', '.join(there)} in the checkpoint, {', '.join(here)} here")
 
 
 def _sender(kind: str, reader: int, last: int) -> int:
@@ -261,16 +265,14 @@ def _as_described(leaf: jax.Array, description: Mapping[str, Any]) -> jax.Array:
 
 def versions() -> dict[str, str]:
     """Of the packages on whose word a snapshot depends."""
-    return {name: version(name) for name in ("fdg_jax", "jax", "flax", "optax", "orbax-checkpoint")}
+    return {name: _version(name) for name in ("fdg_jax", "jax", "flax", "optax", "orbax-checkpoint")}
 
 
 def compare_runs(record: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Whether a snapshot is of a pipeline like the one here; Mismatch says in what they differ."""
-    there = record["pipeline"]
-    for name, value in here["pipeline"].items():
-        if there.get(name) != value:
-            shown = value if name in ("num_stages", "cuts", "method") else "another"
-            raise Mismatch(f"{name} is {there.get(name) if shown is value else 'one'} in the checkpoint, {shown} here")
+    name, there, value = _first_difference("", record["pipeline"], here["pipeline"])
+    if there != value:
+        raise Mismatch(f"{name} is {there} in the checkpoint, {value} here")
     for name in ("fdg_jax", "jax", "flax"):  # which decide what a memo holds, and in which order
         saved, running = record["versions"][name], here["versions"][name]
         if record["memos"] and saved != running:
@@ -298,6 +300,25 @@ def targets_of(record: Mapping[str, Any], given: PyTree) -> PyTree:
     leaves = [[name, number] for number, (name, _) in enumerate(saved)]
     compare("the targets of a batch", given, leaves, [description for _, description in saved])
     return given
+
+
+def compare_totals(totals: Metrics, reported: Mapping[str, Any]) -> None:
+    """Whether the sums over batches are of what the loss function reports; Mismatch says in what they differ."""
+    leaves = [[name, number] for number, name in enumerate(totals)]
+    compare("the sum of the metric", reported, leaves, [_description(total) for total in totals.values()])
+
+
+def _first_difference(name: str, there: Any, here: Any) -> tuple[str, Any, Any]:
+    """Where two values of JSON differ first, by a dotted name, and both; lists with numbers in them stay whole."""
+    pairs: list[tuple[Any, Any, Any]] = []
+    if isinstance(there, dict) and isinstance(here, dict):
+        pairs = [(key, there.get(key, "missing"), value) for key, value in here.items()]
+    elif isinstance(there, list) and isinstance(here, list) and not any(isinstance(item, int) for item in there + here):
+        pairs = [(n, *both) for n, both in enumerate(zip_longest(there, here, fillvalue="missing"))]
+    for key, one, other in pairs:
+        if one != other:
+            return _first_difference(f"{name}{'.' * bool(name)}{key}", one, other)
+    return name, there, here
 
 
 def compare_memos(what: str, memo: Memo, trace: Trace) -> None:

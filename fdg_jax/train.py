@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -65,11 +66,11 @@ def train_and_evaluate(settings: Settings, workdir: Path, console: Console) -> R
     """
     checkpoints = Checkpoints(workdir / "checkpoints", settings.checkpoint.keep_last, settings.checkpoint.keep_best)
     with ExitStack() as stack:
-        if workdir.is_dir():
+        if there := os.path.isdir(workdir):  # False, not an error, where it may not be looked at
             stack.enter_context(_owned(workdir, console))
-        found = find(settings, workdir, checkpoints, console)
+        found = find(settings, workdir, checkpoints, console) if there else None
         pipe, source, state, progress = begin(settings, found, console)
-        if not workdir.is_dir():
+        if not there:
             stack.enter_context(_owned(workdir, console))
             if found is None and find(settings, workdir, checkpoints, console):
                 raise ConfigError(f"another run has begun in {workdir} meanwhile: try again")
@@ -242,7 +243,7 @@ class _Run:
     def finish(self, state: State, received: list[int]) -> State:
         """Answers what is in flight, after saving it, so that a run of more epochs can go on from here."""
         if self.saving.step < self.progress.step:
-            self.save(state)
+            self.save(state, in_background=False)
         jax.block_until_ready(state)
         seconds = time.perf_counter() - self.last_log_at
         state, _ = self.pipe.drain(state)
@@ -301,7 +302,7 @@ class _Run:
             raise RunFailed(f"the metrics cannot be written: {error.strerror}; {self.kept()}") from error
         self.display.report(step, epoch, values)
 
-    def save(self, state: State, error: float | None = None) -> None:
+    def save(self, state: State, error: float | None = None, in_background: bool = True) -> None:
         """Begins to write a checkpoint; `error` is that of an evaluation of these very weights."""
         now = time.perf_counter()
         self.progress = replace(self.progress, seconds=now - self.started, seconds_since_log=now - self.last_log_at)
@@ -311,7 +312,7 @@ class _Run:
             "data": described(self.source),
             "test_error": error,
         }
-        self.saving.save(self.progress.step, self.pipe.snapshot(state), notes)
+        self.saving.save(self.progress.step, self.pipe.snapshot(state), notes, in_background)
 
     def kept(self) -> str:
         """What is not lost when the run fails, in words."""
@@ -328,20 +329,22 @@ class _Run:
             save_weights(folder, weights)
         except (OSError, ValueError) as error:
             raise RunFailed(f"the weights cannot be written to {folder}: {error}; {self.saving.newest}") from error
-        summary = f"after {self.seconds:.1f} s; weights and metrics are in {self.workdir}"
+        left = "weights and metrics are in {}"
+        if not (self.workdir / "metrics.jsonl").exists():
+            left = "the weights are in {}, whose metrics are gone"
+        summary = f"after {self.seconds:.1f} s; {left.format(self.workdir)}"
         return Result(self.progress.metrics, self.seconds, None, summary)
 
     def stopped(self, state: State, number: int) -> Result:
         step = self.progress.step
         if self.saving.step < step:
-            self.save(state)
+            self.save(state, in_background=False)
         self.saving.close()
         if (path := self.checkpoints.path(step)).is_dir():
             where = f"saved in {path}: the same command goes on from there"
         else:
-            goes_on = "goes on from there" if self.checkpoints.complete() else "begins again"
-            why = f"which is not saved ({self.saving.error}); " if step else ""
-            where = f"{why}{self.saving.newest}: the same command {goes_on}"
+            next_time = "goes on from there" if self.checkpoints.complete() else "begins again"
+            where = f"which is not saved; {self.saving.newest}: the same command {next_time}"
         summary = f"stopped after step {step} of {self.num_steps}, {where}"
         return Result(self.progress.metrics, self.seconds, number, summary)
 
