@@ -43,8 +43,11 @@ def seal(folder: Path, fill: Callable[[Path], None], num_bytes: int = 0) -> None
         files = {str(path.relative_to(partial)): _measure(path, sync=True) for path in _files(partial)}
         (partial / MANIFEST).write_text(json.dumps({"files": files}))
         _measure(partial / MANIFEST, sync=True)
+        for inside in (*filter(Path.is_dir, partial.rglob("*")), partial):
+            _sync_names(inside)
         with _out_of_the_way(folder):
             partial.rename(folder)
+        _sync_names(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -151,6 +154,16 @@ def _files(folder: Path) -> list[Path]:
         if path.is_file():
             files.append(path)
     return files
+
+
+def _sync_names(folder: Path) -> None:
+    """Forces to the disk what files a folder has, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _measure(path: Path, sync: bool = False) -> list:

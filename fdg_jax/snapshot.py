@@ -265,7 +265,10 @@ def _as_described(leaf: jax.Array, description: Mapping[str, Any]) -> jax.Array:
 
 def versions() -> dict[str, str]:
     """Of the packages on whose word a snapshot depends."""
-    return {name: _version(name) for name in ("fdg_jax", "jax", "flax", "optax", "orbax-checkpoint")}
+    from fdg_jax import __version__  # which the package has when it is complete, installed or not
+
+    others = {name: _version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
+    return {"fdg_jax": __version__, **others}
 
 
 def compare_runs(record: Mapping[str, Any], here: Mapping[str, Any]) -> None:

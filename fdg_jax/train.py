@@ -68,6 +68,7 @@ def train_and_evaluate(settings: Settings, workdir: Path, console: Console) -> R
     with ExitStack() as stack:
         if there := os.path.isdir(workdir):  # False, not an error, where it may not be looked at
             stack.enter_context(_owned(workdir, console))
+            checkpoints.sweep()
         found = find(settings, workdir, checkpoints, console) if there else None
         pipe, source, state, progress = begin(settings, found, console)
         if not there:
@@ -77,7 +78,6 @@ def train_and_evaluate(settings: Settings, workdir: Path, console: Console) -> R
         if done := _done(settings, source, workdir, progress):
             return done
         writer = stack.enter_context(closing(_writer(workdir, settings, progress.last_log if found else None)))
-        checkpoints.sweep()
         _announce(settings, pipe, source, workdir, console)
         received = stack.enter_context(_signals(console))
         try:

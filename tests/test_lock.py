@@ -139,6 +139,21 @@ def test_of_processes_that_race_for_a_folder_exactly_one_wins(tmp_path):
         assert not list(folder.iterdir())
 
 
+def test_a_lock_that_its_holder_removes_while_it_is_taken_is_made_anew(tmp_path, monkeypatch):
+    flock, calls = fcntl.flock, []
+
+    def removed_before(descriptor, operation):
+        calls.append(descriptor)
+        if len(calls) == 1:
+            (tmp_path / "lock").unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_before)
+    with locked(tmp_path):
+        assert owner_of(tmp_path) == {"pid": os.getpid(), "host": HOST}
+    assert len(calls) == 2
+
+
 @pytest.fixture
 def without_kernel_locks(monkeypatch):
     def flock(*args):

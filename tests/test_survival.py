@@ -24,7 +24,15 @@ from rich.console import Console
 
 from fdg_jax import checkpoint, sealed, train
 from fdg_jax.checkpoint import Checkpoints
-from fdg_jax.config import CheckpointSettings, DataSettings, MethodSettings, ModelSettings, OptimSettings, Settings
+from fdg_jax.config import (
+    CheckpointSettings,
+    ConfigError,
+    DataSettings,
+    MethodSettings,
+    ModelSettings,
+    OptimSettings,
+    Settings,
+)
 from fdg_jax.console import RunDisplay
 from fdg_jax.data import ArraySource
 from fdg_jax.metrics import MetricWriter
@@ -124,7 +132,8 @@ def test_a_run_that_is_killed_at_twenty_moments_ends_with_the_same_bits(tmp_path
 
 def start(arguments, cache):
     """A process as a user starts it, whose output waits in a pipe that holds some forty lines until it is read."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    said = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "PYTHONUNBUFFERED")
+    environment = {key: value for key, value in os.environ.items() if key not in said}
     environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     command = (sys.executable, "-m", "fdg_jax.main", *arguments)
@@ -250,7 +259,8 @@ def test_a_second_interrupt_does_not_wait_for_a_checkpoint(tmp_path, cache, undi
     assert half_written(workdir)
     assert not complete(workdir)
     assert not (workdir / "lock").exists()
-    status, _, stderr = Life(tmp_path, command, cache=cache).end()
+    saved_seldom = (*RUN, f"--workdir={workdir}")  # so that no new checkpoint takes the place of the half written one
+    status, _, stderr = Life(tmp_path, saved_seldom, cache=cache).end()
     assert (status, stderr) == (0, "")
     assert not half_written(workdir)
     assert_same_run(workdir, undisturbed)
@@ -475,6 +485,29 @@ def test_metrics_that_cannot_be_written_fail_the_run_in_one_line(tmp_path, monke
         "the metrics cannot be written: No space left on device; the newest complete checkpoint is "
         f"{complete(workdir)[-1]}, and the metrics before are kept"
     )
+    train_here(SMALL, workdir)
+    assert_same_run(workdir, straight)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_what_is_rewritten_when_a_run_goes_on_is_not_damaged_by_a_full_disk(name, tmp_path, monkeypatch, straight):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    for path in (workdir / "params", *complete(workdir)[-3:]):
+        shutil.rmtree(path)
+    before = {path: path.read_bytes() for path in workdir.glob("*.json*")}
+    write_text = Path.write_text
+
+    def write_half(self, text, **kwargs):
+        write_text(self, text[: len(text) // 2] if self.name.startswith(name) else text, **kwargs)
+        if self.name.startswith(name):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", write_half)
+        with pytest.raises(ConfigError, match="cannot write to --workdir"):
+            train_here(SMALL, workdir)
+    assert {path: path.read_bytes() for path in workdir.glob("*.json*")} == before
     train_here(SMALL, workdir)
     assert_same_run(workdir, straight)
 
