@@ -1,6 +1,7 @@
 """From settings to what a run is made of: data, network, cuts, method, optimizer, pipeline."""
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from rich.console import Console
 
@@ -109,13 +111,15 @@ def example_images(settings: Settings, source: Source) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((settings.batch_size, *source.image_shape), jnp.float32)
 
 
-def described(source: Source) -> dict[str, Any]:
+def described(source: Source, settings: Settings) -> dict[str, Any]:
     """What a run that goes on must find again, as JSON."""
+    labels = np.asarray(source.batch(settings.seed, 0, settings.batch_size)[1])
     return {
         "name": source.name,
         "training images": source.num_train,
         "image shape": list(source.image_shape),
         "classes": source.num_classes,
+        "labels of the first batch": hashlib.sha256(labels.tobytes()).hexdigest()[:16],
     }
 
 

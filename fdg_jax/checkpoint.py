@@ -6,12 +6,13 @@ Every folder is sealed (see `sealed`), and what is damaged never reaches Orbax. 
 import json
 import logging
 import math
+import operator
 import os
 import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 from orbax.checkpoint import v1 as orbax
 
 from fdg_jax.sealed import Damaged, free_name, remove, seal, sweep, verify
-from fdg_jax.snapshot import Snapshot
+from fdg_jax.snapshot import Snapshot, fit, named_leaves
 
 PyTree = Any
 RECORD, ARRAYS, WEIGHTS = "record.json", "arrays", "weights"
@@ -36,20 +37,21 @@ class Weights(NamedTuple):
     module_state: list[PyTree]
 
 
-def save_weights(folder: Path, weights: Weights) -> None:
+def save_weights(folder: str | os.PathLike, weights: Weights) -> None:
     """Writes the weights into a new folder.
 
     Raises:
         ValueError: the folder exists; nothing is overwritten.
         OSError: it cannot be written.
     """
+    folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} already exists, and nothing is overwritten")
     host = jax.tree.map(np.asarray, weights._asdict())
     seal(folder, lambda inside: _save_tree(inside / WEIGHTS, host))
 
 
-def load_weights(folder: Path, like: Weights | None = None) -> Weights:
+def load_weights(folder: str | os.PathLike, like: Weights | None = None) -> Weights:
     """Reads what `save_weights` wrote.
 
     Args:
@@ -59,24 +61,33 @@ def load_weights(folder: Path, like: Weights | None = None) -> Weights:
 
     Raises:
         Damaged: it is not there, or not as it was written.
-        ValueError: it holds another network's weights.
+        Mismatch: it holds another network's weights.
+        OSError: it cannot be read.
     """
+    folder = Path(folder)
     verify(folder)
     try:
         with _quiet():
-            return Weights(**orbax.load((folder / WEIGHTS).absolute(), like._asdict() if like else None))
+            found = orbax.load((folder / WEIGHTS).absolute())
+        loaded = Weights(found["params"], found["module_state"])
+    except (OSError, MemoryError):
+        raise
     except Exception as error:
-        if like is None:
-            raise Damaged(f"{folder} cannot be read: {_first_line(error)}") from error
-        raise ValueError(f"{folder} holds the weights of another network: {_first_line(error)}") from error
+        raise Damaged(f"{folder} cannot be read: {_first_line(error)}") from error
+    if like is None:
+        return loaded
+    by_name = ([dict(named_leaves(tree)) for tree in trees] for trees in loaded)
+    return Weights(*(fit(*of) for of in zip(("params", "state"), by_name, like, strict=True)))
 
 
-def read_checkpoint(folder: Path) -> tuple[Snapshot, dict[str, Any]]:
+def read_checkpoint(folder: str | os.PathLike) -> tuple[Snapshot, dict[str, Any]]:
     """A snapshot, its arrays on the host, and what was noted with it.
 
     Raises:
         Damaged: the folder is not as it was written.
+        OSError: it cannot be read.
     """
+    folder = Path(folder)
     verify(folder)
     try:
         record = json.loads((folder / RECORD).read_text())
@@ -84,6 +95,8 @@ def read_checkpoint(folder: Path) -> tuple[Snapshot, dict[str, Any]]:
         with _quiet():
             found = orbax.load((folder / ARRAYS).absolute(), {PACKED: _room(shapes)})
         return Snapshot(_views(found[PACKED], shapes), record["snapshot"]), record["notes"]
+    except (OSError, MemoryError):
+        raise
     except Exception as error:
         raise Damaged(f"{folder} cannot be read: {_first_line(error)}") from error
 
@@ -104,11 +117,17 @@ class Checkpoints:
         folder: made with the first checkpoint.
         keep_last: how many of the newest to keep.
         keep_best: and how many of those with the lowest "test_error" in their notes.
+
+    Raises:
+        ValueError: keep_last is below 1, or keep_best below 0.
     """
 
     def __init__(self, folder: str | os.PathLike, keep_last: int = 2, keep_best: int = 0):
+        if keep_last < 1 or keep_best < 0:
+            raise ValueError(f"keep_last must be at least 1, keep_best at least 0; got {keep_last} and {keep_best}")
         self.folder, self._keep_last, self._keep_best = Path(folder), keep_last, keep_best
         self._thread: threading.Thread | None = None
+        self._made = False
         self._outcomes: list[Outcome] = []
 
     def path(self, step: int) -> Path:
@@ -117,7 +136,8 @@ class Checkpoints:
 
     def complete(self) -> list[Path]:
         """Folders of the complete checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob("step_*") if re.fullmatch(r"step_\d{9,}", path.name))
+        paths = [path for path in self.folder.glob("step_*") if re.fullmatch(r"step_\d{9,}", path.name)]
+        return sorted(paths, key=lambda path: int(path.name.removeprefix("step_")))
 
     def sweep(self) -> None:
         """Removes what a killed run left half written or half removed. Only its owner may call this."""
@@ -142,16 +162,24 @@ class Checkpoints:
     ) -> None:
         """Begins to write a checkpoint; `outcomes` tells how it went. Waits for the one before.
 
+        Before the program ends, `wait` for the last: what is half written then is not a checkpoint.
+
         Args:
             step: batches fed so far.
             snapshot: from `snapshot.take`.
             notes: JSON, given back by `read_checkpoint`.
             unfit: looks at the snapshot when it is on the host; one that it refuses is silently not written.
             in_background: whether training goes on meanwhile and comes first, where the cores are too few for both.
+
+        Raises:
+            ValueError, TypeError: step is no whole number from 0 on, or notes are not JSON.
         """
+        if operator.index(step) < 0:
+            raise ValueError(f"step must be at least 0; got {step}")
+        notes = json.loads(json.dumps(dict(notes)))  # as they come back, and as they are now
         self.wait()
         # A daemon, since Python waits for others before it exits: a second Ctrl-C must not wait for a disk.
-        args = step, [snapshot], dict(notes), unfit, in_background
+        args = step, [snapshot], notes, unfit, in_background
         self._thread = threading.Thread(target=self._save, args=args, daemon=True)
         self._thread.start()
 
@@ -181,9 +209,11 @@ class Checkpoints:
                 _save_tree(inside / ARRAYS, {PACKED: packed})
                 (inside / RECORD).write_text(json.dumps({"snapshot": snapshot.record, "notes": notes}))
 
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(parents=not self._made, exist_ok=True)  # a tree that has vanished is not made again
+            self._made = True
             seal(folder, write, packed.nbytes)
-            self._retire()
+            with suppress(OSError):  # what cannot be removed now is removed after the next
+                self._retire()
         except Exception as failure:  # whatever it is, training need not end for it
             error = _first_line(failure)
         self._outcomes.append(Outcome(step, folder, error))
@@ -264,4 +294,5 @@ def _first_line(error: BaseException) -> str:
         return error.strerror
     if code := re.search(r"\[os_error_code='(\d+)'\]", str(error)):  # TensorStore's, behind many paths
         return os.strerror(int(code[1]))
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line.split(" [tensorstore_spec=")[0]  # a page of JSON

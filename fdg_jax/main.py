@@ -50,7 +50,7 @@ STOPPED_AT_ONCE = "stopped at once; what was written before is kept"
 def main(argv: Sequence[str]) -> int:
     """Runs the experiment that the flags name; returns the exit status."""
     console = Console()
-    with _second_signal_exits(console):
+    with _ending_at_once(console):
         return _main(argv, console)
 
 
@@ -80,14 +80,21 @@ def _main(argv: Sequence[str], console: Console) -> int:
 
 
 @contextmanager
-def _second_signal_exits(console: Console) -> Iterator[None]:
-    """Ends the process at a second SIGINT or SIGTERM, even while a compiler or a device keeps the main thread.
+def _ending_at_once(console: Console) -> Iterator[None]:
+    """Ends the process at a SIGINT or SIGTERM, unless the loop waits for one; and at a second one in any case.
 
-    Python acts on a signal only when that returns; the pipe hears of it at once.
+    Not by an exception, which is lost where a signal falls into a callback. Python acts on a signal only when a
+    compiler or a device lets the main thread go; the pipe hears of it at once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+
+    def end(number: int, frame: object = None) -> None:
+        console.show_cursor()
+        os._exit(_complain(STOPPED_AT_ONCE, 128 + number))
+
+    handlers = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     hears, tells = os.pipe()
     os.set_blocking(tells, False)
     over = threading.Event()
@@ -97,8 +104,7 @@ def _second_signal_exits(console: Console) -> Iterator[None]:
             numbers = (byte[0] for byte in iter(lambda: pipe.read(1), b""))
             stops = list(islice((n for n in numbers if n in (signal.SIGINT, signal.SIGTERM)), 2))
         if len(stops) == 2 and not over.wait(timeout=1):  # the main thread ends in better order, where it can
-            console.show_cursor()
-            os._exit(_complain(STOPPED_AT_ONCE, 128 + stops[-1]))
+            end(stops[-1])
 
     before = signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
     threading.Thread(target=listen, daemon=True).start()
@@ -106,6 +112,8 @@ def _second_signal_exits(console: Console) -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         over.set()
         os.close(tells)
 

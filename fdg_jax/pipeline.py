@@ -305,6 +305,15 @@ class Pipeline:
             counts = jax.device_get([own.counts for own in state.stages])
         return [Fault(int(count), None if first == NO_FAULT else int(first)) for _, _, count, first in counts]
 
+    def forget_faults(self, state: State) -> State:
+        """The state as if nothing had gone wrong so far; waits for the devices."""
+        with using(state, self.num_stages):
+            counts = [np.array(own.counts) for own in state.stages]
+        fresh = [np.array([*count[:2], 0, NO_FAULT], np.uint32) for count in counts]
+        placed = jax.device_put(fresh, [own.counts.device for own in state.stages])
+        stages = (own._replace(counts=count) for own, count in zip(state.stages, placed, strict=True))
+        return replace(state, stages=tuple(stages))
+
     def first_fault(self, state: State) -> FirstFault | None:
         """Where numbers first were not finite: the earliest tick, of stages that share it the last. None if nowhere.
 

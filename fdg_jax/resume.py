@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
@@ -78,8 +78,14 @@ def find(settings: Settings, workdir: Path, checkpoints: Checkpoints, console: C
             snapshot, notes = read_checkpoint(path)
             found = Found(path, snapshot, notes, Progress(**notes["progress"]), _different(notes, settings))
             break
-        except (Damaged, KeyError, TypeError) as error:
+        except Damaged as error:
             damaged.append((path, error))
+        except (KeyError, TypeError):
+            raise ConfigError(f"{path} was not written by a run: choose another --workdir") from None
+        except (OSError, MemoryError) as error:
+            raise ConfigError(
+                f"{path} cannot be read: {getattr(error, 'strerror', None) or 'out of memory'}"
+            ) from error
     else:
         raise ConfigError(f"{damaged[0][1]}, and there is no other checkpoint: choose another --workdir")
     if found.differences and settings.checkpoint.resume != "params":
@@ -117,79 +123,106 @@ def goes_on(workdir: Path, settings: Settings) -> bool:
         return False
 
 
-def begin(settings: Settings, found: Found | None, console: Console) -> tuple[Pipeline, Source, State, Progress]:
+class Start(NamedTuple):
+    """What a run begins or goes on with, and a line that says so."""
+
+    pipe: Pipeline
+    source: Source
+    state: State
+    progress: Progress
+    line: str | None
+
+
+def begin(settings: Settings, found: Found | None, console: Console) -> Start:
     """What a run is made of, and the state and the progress with which it begins or goes on.
 
     Args:
         settings: of the run.
         found: from `find`.
-        console: where to tell with what it begins.
+        console: where to tell what is found on the way.
 
     Raises:
         ConfigError: the settings do not fit one another; the checkpoint, or what `init_from` names, does not fit.
     """
     if found is None or found.snapshot is None:
         pipe, source = build(settings, console)
-        state = _init(pipe, settings, source)
+        state, line = _init(pipe, settings, source), None
         if settings.init_from:
-            state = _with_weights_named(settings.init_from, pipe, settings, source, state, console)
-        return pipe, source, state, Progress()
+            state, line = _with_weights_named(settings.init_from, pipe, settings, source, state, console)
+        return Start(pipe, source, state, Progress(), line)
     try:
         return _go_on(settings, found, found.snapshot, console)
     except Mismatch as mismatch:
         if settings.checkpoint.resume != "params":
             raise ConfigError(f"{found.path} is of another run: {mismatch}; {WAYS_OUT}") from None
         return _go_on_with_weights(settings, found, found.snapshot, console, str(mismatch))
+    except (KeyError, IndexError, TypeError) as error:
+        raise ConfigError(f"{found.path} was not written by a run: {error!r}; choose another --workdir") from error
 
 
-def _go_on(
-    settings: Settings, found: Found, snapshot: Snapshot, console: Console
-) -> tuple[Pipeline, Source, State, Progress]:
+def _go_on(settings: Settings, found: Found, snapshot: Snapshot, console: Console) -> Start:
     if found.differences:
         raise Mismatch("; ".join(found.differences))
     # Where the network was cut, a measurement would not find again.
     cuts = tuple(snapshot.record["pipeline"]["cuts"]) if settings.cuts == "balanced" else None
     pipe, source = build(settings, console, cuts, found.progress.updates_before)
-    if (saved := found.notes["data"]) != (here := described(source)):
+    if (saved := found.notes["data"]) != (here := described(source, settings)):
         name = next(name for name in here if saved.get(name) != here[name])
         raise Mismatch(f"of the data, {name} was {saved.get(name)}, is {here[name]}")
     state = pipe.restore(_init(pipe, settings, source), snapshot)
+    if settings.on_nan == "stop":
+        state = pipe.forget_faults(state)  # which the run was told to bear, until now
     in_flight = f", with {snapshot.in_flight} in flight" if snapshot.in_flight else ""
-    _tell(console, f"going on after step {found.progress.step}{in_flight}, from {found.path}")
-    return pipe, source, state, found.progress
+    line = f"going on after step {found.progress.step}{in_flight}, from {found.path}"
+    return Start(pipe, source, state, found.progress, line)
 
 
-def _go_on_with_weights(
-    settings: Settings, found: Found, snapshot: Snapshot, console: Console, why: str
-) -> tuple[Pipeline, Source, State, Progress]:
+def _go_on_with_weights(settings: Settings, found: Found, snapshot: Snapshot, console: Console, why: str) -> Start:
     """The optimizer begins anew, its learning rate does not."""
-    step = found.progress.step
+    step, batch_size = found.progress.step, found.notes["settings"]["batch_size"]
+    if batch_size != settings.batch_size:
+        raise ConfigError(
+            f"{found.path} counts batches of {batch_size}, not of {settings.batch_size}: begin anew with its weights, "
+            f"--config.init_from={found.path} and another --workdir"
+        )
     pipe, source = build(settings, console, updates_before=step)
     state = _with_weights_of(found.path, snapshot, pipe, settings, source, _init(pipe, settings, source), step)
-    _tell(console, f"going on after step {step} with the weights of {found.path} alone: {why}; left: {_left(snapshot)}")
+    line = f"going on after step {step} with the weights of {found.path} alone: {why}; left: {_left(snapshot)}"
     progress = replace(found.progress, logged=True, last_log=step, seconds_since_log=0.0, updates_before=step)
-    return pipe, source, state, progress
+    return Start(pipe, source, state, progress, line)
 
 
 def _with_weights_named(
     init_from: str, pipe: Pipeline, settings: Settings, source: Source, fresh: State, console: Console
-) -> State:
-    """The state before the first batch, with the weights that `config.init_from` names."""
-    folder = Path(init_from).expanduser()
+) -> tuple[State, str]:
+    """The state before the first batch, with the weights that `config.init_from` names, and a line about them."""
+    damaged: list[Damaged] = []
+    for folder in _folders_with_weights(Path(init_from).expanduser()):
+        try:
+            if (folder / "weights").is_dir():
+                loaded = load_weights(folder, Weights(pipe.params(fresh), pipe.module_state(fresh)))
+                return _init(pipe, settings, source, *loaded), f"beginning with the weights of {folder}"
+            snapshot, _ = read_checkpoint(folder)
+        except Damaged as error:
+            damaged.append(error)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"config.init_from={init_from}: {error}") from None
+        else:
+            for why in damaged:
+                _tell(console, f"{why}; going back to {folder.name}")
+            state = _with_weights_of(folder, snapshot, pipe, settings, source, fresh)
+            return state, f"beginning with the weights of {folder}; left: {_left(snapshot)}"
+    raise ConfigError(f"config.init_from={init_from}: {damaged[0]}")
+
+
+def _folders_with_weights(folder: Path) -> list[Path]:
+    """Where the weights of a run may be, the best place first; the folder itself where it is no run's."""
     if (folder / "params").is_dir():
-        folder = folder / "params"
-    elif checkpoints := Checkpoints(folder / "checkpoints").complete():
-        folder = checkpoints[-1]
-    try:
-        if (folder / "weights").is_dir():
-            loaded = load_weights(folder, Weights(pipe.params(fresh), pipe.module_state(fresh)))
-            _tell(console, f"beginning with the weights of {folder}")
-            return _init(pipe, settings, source, *loaded)
-        snapshot, _ = read_checkpoint(folder)
-    except ValueError as error:
-        raise ConfigError(f"config.init_from={init_from}: {error}") from None
-    _tell(console, f"beginning with the weights of {folder}; left: {_left(snapshot)}")
-    return _with_weights_of(folder, snapshot, pipe, settings, source, fresh)
+        return [folder / "params"]
+    for parent in (folder / "checkpoints", folder):
+        if checkpoints := Checkpoints(parent).complete():
+            return checkpoints[::-1]
+    return [folder]
 
 
 def _with_weights_of(

@@ -115,6 +115,7 @@ def verify(folder: Path) -> None:
 
     Raises:
         Damaged: it is not there, not sealed, or not as it was written.
+        OSError: it cannot be read.
     """
     if not folder.is_dir():
         raise Damaged(f"there is no folder {folder}")
@@ -131,8 +132,8 @@ def verify(folder: Path) -> None:
                 raise Damaged(
                     f"{folder} is damaged: {name} {'is cut short' if size < listed[name][0] else 'has changed'}"
                 )
-    except OSError as error:
-        raise Damaged(f"{folder} cannot be read: {error.strerror}") from error
+    except FileNotFoundError as error:
+        raise Damaged(f"{folder} is damaged, or was removed: {error.filename} is missing") from error
 
 
 def _manifest(path: Path) -> dict[str, list]:

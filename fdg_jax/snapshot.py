@@ -20,6 +20,7 @@ from fdg_jax.backward import Memo, Trace
 from fdg_jax.engine.base import COTANGENTS, INPUTS, Metrics, PyTree, StageState, State
 
 _version = cache(version)  # it reads files
+RECORDED = {"fed", "origin", "stages", "inbox", "outbox", "memos", "arrays", "pipeline", "versions", "targets"}
 FAULTS = 2  # its place in `StageState.counts`
 Leaf = tuple[str, Any]  # a name, and an array or its shape
 
@@ -45,11 +46,11 @@ class Snapshot:
         """What waits to be answered, in words; empty where nothing does."""
         kinds = [message["kind"] for box in ("inbox", "outbox") for message in self.record[box]]
         counts = {
-            "memos": len(self.record["memos"]),
-            "activations": kinds.count(INPUTS),
-            "cotangents": kinds.count(COTANGENTS),
+            "memo": len(self.record["memos"]),
+            "activation": kinds.count(INPUTS),
+            "cotangent": kinds.count(COTANGENTS),
         }
-        return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        return ", ".join(f"{count} {name}{'s' * (count > 1)}" for name, count in counts.items() if count)
 
     @property
     def faults(self) -> int:
@@ -115,6 +116,8 @@ def put(
         Mismatch: a stage owns something else than `fresh`, or a message has another shape.
     """
     record, last = snapshot.record, len(devices) - 1
+    if len(record["stages"]) != len(devices):
+        raise Mismatch(f"{len(record['stages'])} stages are in the checkpoint, {len(devices)} here")
     for k, (own, saved) in enumerate(zip(fresh.stages, record["stages"], strict=True)):
         for field in ("params", "state", "opt_state", "key"):
             compare(f"stage {k}'s {field}", getattr(own, field), saved[field], record["arrays"])
@@ -273,6 +276,8 @@ def versions() -> dict[str, str]:
 
 def compare_runs(record: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Whether a snapshot is of a pipeline like the one here; Mismatch says in what they differ."""
+    if missing := sorted(RECORDED - set(record)):
+        raise Mismatch(f"the checkpoint is not of a pipeline: it has no {' and no '.join(missing)}")
     name, there, value = _first_difference("", record["pipeline"], here["pipeline"])
     if there != value:
         raise Mismatch(f"{name} is {there} in the checkpoint, {value} here")
@@ -347,26 +352,32 @@ def weights(snapshot: Snapshot, params: Sequence[PyTree], module_state: Sequence
         for g, size in enumerate(groups)
         for j in range(size)
     ]
-    if len(places) != len(params):
-        raise Mismatch(f"the network has {len(places)} layers in the checkpoint, {len(params)} here")
 
-    def layer(field: str, number: int, like: PyTree) -> PyTree:
-        k, g, j, size = places[number]
+    def layer(field: str, place: tuple[int, int, int, int]) -> dict[str, Any]:
+        k, g, j, size = place
         found = {}
         for name, leaf in snapshot.record["stages"][k][field]:
             group, _, inside = name.partition(".")
             if group == str(g):
                 found[inside] = snapshot.arrays[leaf][j] if size > 1 else snapshot.arrays[leaf]
-        names = list(found)
-        compare(
-            f"layer {number}'s {field}",
-            like,
-            list(zip(names, range(len(names)), strict=True)),
-            [_description(found[name]) for name in names],
-        )
-        return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name, _ in named_leaves(like)])
+        return found
 
     return (
-        [layer("params", number, like) for number, like in enumerate(params)],
-        [layer("state", number, like) for number, like in enumerate(module_state)],
+        fit("params", [layer("params", place) for place in places], params),
+        fit("state", [layer("state", place) for place in places], module_state),
     )
+
+
+def fit(what: str, saved: Sequence[Mapping[str, Any]], like: Sequence[PyTree]) -> list[PyTree]:
+    """Leaves by name, a mapping a layer, as the trees that a network has; Mismatch says what does not fit."""
+    if len(saved) != len(like):
+        raise Mismatch(f"the network has {len(saved)} layers in the checkpoint, {len(like)} here")
+    trees = []
+    for number, (found, tree) in enumerate(zip(saved, like, strict=True)):
+        names = [name for name, _ in named_leaves(tree)]
+        order = {name: place for place, name in enumerate(names)}
+        found = dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
+        leaves = [[name, place] for place, name in enumerate(found)]
+        compare(f"layer {number}'s {what}", tree, leaves, [_description(leaf) for leaf in found.values()])
+        trees.append(jax.tree.unflatten(jax.tree.structure(tree), [found[name] for name in names]))
+    return trees

@@ -70,14 +70,18 @@ def train_and_evaluate(settings: Settings, workdir: Path, console: Console) -> R
             stack.enter_context(_owned(workdir, console))
             checkpoints.sweep()
         found = find(settings, workdir, checkpoints, console) if there else None
-        pipe, source, state, progress = begin(settings, found, console)
+        pipe, source, state, progress, line = begin(settings, found, console)
         if not there:
             stack.enter_context(_owned(workdir, console))
             if found is None and find(settings, workdir, checkpoints, console):
                 raise ConfigError(f"another run has begun in {workdir} meanwhile: try again")
-        if done := _done(settings, source, workdir, progress):
+        if done := _done(settings, source, workdir, progress, found.differences if found else ()):
             return done
-        writer = stack.enter_context(closing(_writer(workdir, settings, progress.last_log if found else None)))
+        if line:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        writer = stack.enter_context(
+            closing(_writer(workdir, settings, progress.step, progress.last_log if found else None))
+        )
         _announce(settings, pipe, source, workdir, console)
         received = stack.enter_context(_signals(console))
         try:
@@ -103,11 +107,13 @@ def _owned(workdir: Path, console: Console) -> Iterator[None]:
         yield
 
 
-def _done(settings: Settings, source: Source, workdir: Path, progress: Progress) -> Result | None:
-    """What a run ended with that had nothing more to do.
+def _done(
+    settings: Settings, source: Source, workdir: Path, progress: Progress, differences: Sequence[str]
+) -> Result | None:
+    """What a run ended with that has nothing more to do.
 
     Raises:
-        ConfigError: it went further than it is asked to.
+        ConfigError: it went further than it is asked to, or is to go on with other settings and has no steps left.
     """
     num_steps = settings.epochs * source.steps_per_epoch(settings.batch_size)
     if progress.step > num_steps:
@@ -117,14 +123,21 @@ def _done(settings: Settings, source: Source, workdir: Path, progress: Progress)
         )
     if progress.step < num_steps or not (workdir / "params").is_dir():
         return None
+    if differences:
+        raise ConfigError(f"the run in {workdir} has no steps left: ask for more config.epochs")
     measured = [line for line in read_lines(workdir / "metrics.jsonl") if "test/loss" in line]
     metrics = {tag: value for tag, value in measured[-1].items() if tag.startswith("test/")} if measured else {}
-    summary = f"finished already; ask for more config.epochs, or choose another --workdir than {workdir}"
+    more = "ask for more config.epochs"
+    if settings.optim.schedule == "cosine":  # which more epochs would stretch
+        more += " and --config.checkpoint.resume=params"
+    summary = f"finished already; {more}, or choose another --workdir than {workdir}"
     return Result(metrics, progress.seconds, None, summary)
 
 
-def _writer(workdir: Path, settings: Settings, last_log: int | None) -> MetricWriter:
+def _writer(workdir: Path, settings: Settings, step: int, last_log: int | None) -> MetricWriter:
     try:
+        if last_log is not None and (workdir / "params").exists():  # of a run that this one carries on
+            (workdir / "params").rename(free_name(workdir / f"params_of_step_{step}"))
         replace_text(workdir / "config.json", json.dumps(asdict(settings), indent=2) + "\n")
         return MetricWriter(workdir, last_log)
     except OSError as error:
@@ -195,8 +208,8 @@ class _Run:
         self.writer, self.checkpoints, self.progress, self.console = writer, checkpoints, progress, console
         self.per_epoch = source.steps_per_epoch(settings.batch_size)
         self.num_steps = settings.epochs * self.per_epoch
-        self.first_step = progress.step
         self.display = RunDisplay(self.num_steps, settings.epochs, console, progress.step)
+        self.data = described(source, settings)
         now = time.perf_counter()
         self.started, self.last_log_at = now - progress.seconds, now - progress.seconds_since_log
         stops = settings.on_nan == "stop"
@@ -284,13 +297,14 @@ class _Run:
         if math.isfinite(loss) and first is None:
             return
         period, last_log, step = self.pipe.schedule.period, self.progress.last_log, self.progress.step
+        what = f"the loss is {loss}: it" if not math.isfinite(loss) else f"the loss is {loss:.4g}, but a gradient"
         where = (
             f"; gradients were first not finite on stage {first.stage}, in tick {first.tick}, for batch {first.batch}"
             if first
             else ""
         )
         raise RunFailed(
-            f"the loss is {loss}: it stopped being finite between steps {last_log + 1} and {step} (ticks "
+            f"{what} stopped being finite between steps {last_log + 1} and {step} (ticks "
             f"{last_log * period} to {step * period - 1}){where}; {self.kept()}; try a smaller "
             "config.optim.learning_rate, some warm-up, or config.on_nan=skip"
         )
@@ -309,7 +323,7 @@ class _Run:
         notes = {
             "progress": asdict(self.progress),
             "settings": asdict(self.settings),
-            "data": described(self.source),
+            "data": self.data,
             "test_error": error,
         }
         self.saving.save(self.progress.step, self.pipe.snapshot(state), notes, in_background)
@@ -324,8 +338,6 @@ class _Run:
         weights, folder = Weights(self.pipe.params(state), self.pipe.module_state(state)), self.workdir / "params"
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)  # should it have vanished
-            if folder.exists():  # of the run that this one carried on
-                folder.rename(free_name(self.workdir / f"params_of_step_{self.first_step}"))
             save_weights(folder, weights)
         except (OSError, ValueError) as error:
             raise RunFailed(f"the weights cannot be written to {folder}: {error}; {self.saving.newest}") from error

@@ -261,7 +261,6 @@ def fail_at_length(folder, tree):
     [
         (fail_to_write, {}, "No space left on device"),
         (fail_at_length, {}, "a reason"),
-        (None, {"note": {1, 2}}, "Object of type set is not JSON serializable"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_written_is_told_of_in_a_line_and_leaves_the_others(
@@ -270,14 +269,48 @@ def test_a_checkpoint_that_cannot_be_written_is_told_of_in_a_line_and_leaves_the
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=1)
     save(checkpoints, 1)
     with monkeypatch.context() as patch:
-        if failure:
-            patch.setattr(checkpoint, "_save_tree", failure)
+        patch.setattr(checkpoint, "_save_tree", failure)
         outcome = save(checkpoints, 2, **notes)
     assert (outcome.step, outcome.folder, outcome.error) == (2, checkpoints.path(2), error)
     assert list(checkpoints.folder.iterdir()) == [checkpoints.path(1)]
     read_checkpoint(checkpoints.path(1))
     assert save(checkpoints, 3).error is None
     assert steps(checkpoints) == [3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep_last": 0}, "keep_last must be at least 1, keep_best at least 0; got 0 and 0"),
+        ({"keep_last": -1}, "got -1 and 0"),
+        ({"keep_best": -1}, "got 2 and -1"),
+    ],
+)
+def test_what_would_keep_nothing_is_refused(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        Checkpoints(tmp_path, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("step", "notes", "message"),
+    [
+        (-3, {}, "step must be at least 0; got -3"),
+        (1.5, {}, "'float' object cannot be interpreted as an integer"),
+        (1, {"note": {1, 2}}, "Object of type set is not JSON serializable"),
+    ],
+)
+def test_a_step_or_notes_that_cannot_be_are_refused_where_they_are_given(step, notes, message, tmp_path):
+    with pytest.raises((ValueError, TypeError), match=message):
+        save(Checkpoints(tmp_path), step, **notes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_of_any_length_are_in_order_and_folders_are_made(tmp_path):
+    checkpoints = Checkpoints(str(tmp_path / "new" / "checkpoints"), keep_last=2)
+    for step in (999_999_999, 10**10, 2 * 10**9):
+        save(checkpoints, step, numbered(np.arange(3)))
+    assert steps(checkpoints) == [2 * 10**9, 10**10]
+    read_checkpoint(str(checkpoints.path(10**10)))
 
 
 def test_where_no_folder_can_be_made_the_outcome_says_so(tmp_path):

@@ -203,6 +203,22 @@ def test_an_interrupt_outside_the_loop_is_no_traceback(monkeypatch, capsys):
     assert capsys.readouterr().err == "fdg_jax: stopped at once; what was written before is kept\n"
 
 
+def test_a_signal_before_the_loop_is_not_lost_in_a_callback():
+    """An exception that a handler raises there is printed and forgotten."""
+    script = (
+        "import gc, os, signal, sys\n"
+        "from rich.console import Console\n"
+        "from fdg_jax import main\n"
+        "with main._ending_at_once(Console()):\n"
+        "    gc.callbacks.append(lambda *_: signal.raise_signal(signal.SIGINT))\n"
+        "    gc.collect()\n"
+        "print('it went on')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "fdg_jax: stopped at once; what was written before is kept\n"
+
+
 def test_a_default_workdir_is_the_next_free_one_or_the_run_to_go_on_with(tmp_path):
     base, settings = tmp_path / "digits", Settings()
     for name in ("digits", "digits-2"):

@@ -123,14 +123,18 @@ def test_a_finished_run_is_left_as_it_is(straight):
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 
 
-def test_more_epochs_go_on_where_fewer_ended(straight, tmp_path):
+def test_more_epochs_go_on_where_fewer_ended(straight, stop_after, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     train(changed(epochs=1), workdir)
     shorter = load_weights(workdir / "params")
+    stop_after(7)
     _, told = train(SMALL, workdir)
     assert "going on after step 5" in told
+    monkeypatch.undo()
+    train(SMALL, workdir)
     assert_same_end(workdir, straight[0])
     assert_trees_close(load_weights(workdir / "params_of_step_5"), shorter, 0)
+    assert not (workdir / "params_of_step_7").exists()
     with pytest.raises(ConfigError, match=r"has taken 10 steps, and config.epochs=1 makes 5: ask for more epochs"):
         train(changed(epochs=1), workdir)
 
@@ -176,6 +180,22 @@ def test_other_settings_are_refused_and_named(changes, words, straight):
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 
 
+def test_a_finished_run_with_other_settings_has_no_steps_left(straight):
+    with pytest.raises(ConfigError, match=r"has no steps left: ask for more config.epochs"):
+        train(changed(num_stages=1, checkpoint={"resume": "params"}), straight[0])
+    assert (straight[0] / "params").is_dir()
+
+
+def test_where_more_epochs_would_stretch_the_schedule_the_way_out_is_named(tmp_path):
+    cosine = changed(epochs=1, optim={"schedule": "cosine"})
+    for _ in range(2):
+        result, told = train(cosine, tmp_path / "run")
+    assert "ask for more config.epochs and --config.checkpoint.resume=params, or choose" in result.summary
+    assert "going on" not in told
+    longer = changed(cosine, epochs=2, checkpoint={"resume": "params"})
+    assert train(longer, tmp_path / "run")[0].stopped_by is None
+
+
 def test_epochs_may_not_change_where_the_learning_rate_follows_them():
     cosine = changed(optim={"schedule": "cosine"})
     longer = dataclasses.asdict(changed(cosine, epochs=3))
@@ -204,7 +224,7 @@ def test_a_run_without_a_checkpoint_begins_again(straight, tmp_path):
 
 
 def test_other_data_under_the_same_name_are_refused(straight, monkeypatch, tmp_path):
-    monkeypatch.setattr("fdg_jax.resume.described", lambda source: {"name": "digits", "training images": 7})
+    monkeypatch.setattr("fdg_jax.resume.described", lambda *_: {"name": "digits", "training images": 7})
     with pytest.raises(ConfigError, match=r"is of another run: of the data, training images was 1437, is 7; --config"):
         train(SMALL, straight[0])
 
@@ -256,7 +276,7 @@ def test_the_weights_alone_go_on_under_other_settings(changes, stopped):
     _, notes = read_checkpoint(stopped / "checkpoints" / "step_000000007")
     result, told = train(changed(checkpoint={"resume": "params"}, epochs=2, **changes), stopped)
     assert "going on after step 7 with the weights of" in told
-    assert "left: the optimizer's state, 2 memos, 1 activations, 1 cotangents" in told
+    assert "left: the optimizer's state, 2 memos, 1 activation, 1 cotangent" in told
     logged = [line["step"] for line in read_lines(stopped / "metrics.jsonl")]
     assert [step for step in logged if step != 8] == [
         2,
@@ -268,6 +288,34 @@ def test_the_weights_alone_go_on_under_other_settings(changes, stopped):
     assert result.seconds > notes["progress"]["seconds"]
     _, notes = read_checkpoint(stopped / "checkpoints" / "step_000000010")
     assert notes["progress"]["updates_before"] == 7
+
+
+def test_the_weights_alone_do_not_go_on_with_batches_of_another_size(stopped):
+    message = r"counts batches of 256, not of 128: begin anew with its weights, --config.init_from=.*/step_000000007"
+    with pytest.raises(ConfigError, match=message):
+        train(changed(batch_size=128, checkpoint={"resume": "params"}), stopped)
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(stopped, monkeypatch):
+    def fail(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("fdg_jax.checkpoint.verify", fail)
+    with pytest.raises(ConfigError, match=r"step_000000007 cannot be read: Permission denied$"):
+        train(SMALL, stopped)
+    assert steps(stopped) == [2, 4, 6, 7]
+
+
+@pytest.mark.parametrize("missing", ["progress", "settings", "data"])
+def test_a_checkpoint_that_no_run_wrote_is_refused(missing, stopped):
+    folder = stopped / "checkpoints" / "step_000000007"
+    snapshot, notes = read_checkpoint(folder)
+    del notes[missing]
+    checkpoints = Checkpoints(stopped / "checkpoints", keep_last=100)
+    checkpoints.save(7, snapshot, notes)
+    checkpoints.wait()
+    with pytest.raises(ConfigError, match=r"step_000000007 was not written by a run"):
+        train(SMALL, stopped)
 
 
 def test_the_weights_alone_are_those_of_the_checkpoint(stopped, stop_after):
@@ -323,7 +371,11 @@ def test_a_run_can_begin_with_the_weights_of_another(stopped, straight, tmp_path
     [
         ("nothing", {}, "there is no folder"),
         ("", {}, "none of ours: it has no manifest.json"),
-        ("straight", {"model": {"width": 8}}, "params of layer 1 (Hidden) do not fit"),
+        (
+            "straight",
+            {"model": {"width": 8}},
+            "layer 1's params.linear.bias is float32[16] in the checkpoint, float32[8] here",
+        ),
         (
             "straight/checkpoints/step_000000010",
             {"model": {"depth": 3}},
@@ -338,6 +390,15 @@ def test_weights_that_do_not_fit_are_refused(named, changes, words, straight, tm
         train(changed(init_from=str(folder), **changes), tmp_path / "run")
     assert words in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_newest_weights_that_are_whole_are_begun_with(stopped, tmp_path):
+    (stopped / "checkpoints" / "step_000000007" / "record.json").unlink()
+    for number, named in enumerate((stopped, stopped / "checkpoints")):
+        _, told = train(changed(init_from=str(named), epochs=1), tmp_path / str(number))
+        assert "step_000000007 is damaged: record.json is missing; going back to step_000000006" in told
+        assert f"beginning with the weights of {stopped}/checkpoints/step_000000006" in told
+    assert steps(stopped) == [2, 4, 6, 7]
 
 
 def test_the_best_is_kept_beside_the_newest(tmp_path):
@@ -364,6 +425,22 @@ def test_cuts_by_measurement_are_found_again(stop_after, tmp_path, monkeypatch):
     other = next(cut for cut in (1, 2, 3) if [cut] != snapshot.record["pipeline"]["cuts"])
     monkeypatch.setattr("fdg_jax.build.make_cuts", lambda *_: (other,))
     assert train(changed(cuts="balanced"), tmp_path / "run")[0].stopped_by is None
+
+
+def test_what_was_borne_is_no_reason_to_stop_later(tmp_path, monkeypatch):
+    """A run that dropped a batch goes on under on_nan=stop; the next such batch stops it."""
+    whole, bad = ArraySource.batch, {2}
+
+    def batch(self, seed, i, batch_size):
+        images, labels = whole(self, seed, i, batch_size)
+        return (images.at[0].set(np.nan) if i in bad else images), labels
+
+    monkeypatch.setattr(ArraySource, "batch", batch)
+    train(changed(epochs=1, on_nan="skip"), tmp_path / "run")
+    train(SMALL, tmp_path / "run")
+    bad.add(11)
+    with pytest.raises(RunFailed, match=r"gradients were first not finite on stage 1, in tick 12, for batch 11"):
+        train(changed(epochs=3), tmp_path / "run")
 
 
 EXPLODES = {"optim": {"learning_rate": 1e9}, "epochs": 4}

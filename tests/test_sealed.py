@@ -181,12 +181,12 @@ def test_what_is_no_folder_is_refused(name, tmp_path):
         verify(tmp_path / name)
 
 
-def test_what_the_disk_refuses_is_told_in_one_line(folder, monkeypatch):
+def test_what_the_disk_refuses_is_no_damage(folder, monkeypatch):
     def fail(path, *_):
         raise OSError(5, "Input/output error", str(path))
 
     monkeypatch.setattr(sealed, "_measure", fail)
-    with pytest.raises(Damaged, match=f"^{folder} cannot be read: Input/output error$"):
+    with pytest.raises(OSError, match="Input/output error"):
         verify(folder)
 
 
