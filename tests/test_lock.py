@@ -84,7 +84,7 @@ def test_the_lock_is_gone_when_a_run_ends(failure, tmp_path, monkeypatch):
             raise failure
 
     monkeypatch.setattr("fdg_jax.train.find", body)
-    monkeypatch.setattr("fdg_jax.train.begin", lambda *args: (None,) * 4)
+    monkeypatch.setattr("fdg_jax.train.begin", lambda *args: (None,) * 5)
     monkeypatch.setattr("fdg_jax.train._done", lambda *args: "done")
     with pytest.raises(type(failure)) if failure else nullcontext():
         assert train_and_evaluate(SMALL, tmp_path, Console(quiet=True)) == "done"
@@ -247,7 +247,7 @@ def test_a_folder_that_another_run_filled_while_this_one_was_built_is_left_alone
     def build_slowly(*args):
         workdir.mkdir()
         (workdir / name).write_text(text)
-        return (None,) * 4
+        return (None,) * 5
 
     monkeypatch.setattr("fdg_jax.train.begin", build_slowly)
     with pytest.raises(ConfigError, match=message):

@@ -6,7 +6,6 @@ import io
 import json
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import warnings
@@ -163,28 +162,6 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, monkeypatch):
         assert status == 2, arguments
         assert message in stderr
         assert stderr.count("\n") == 1, stderr
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_stops_the_run_between_batches_and_keeps_its_work(number, status, tmp_path):
-    process = start(
-        *DIGITS,
-        "--config.epochs=100000",
-        "--config.model.name=mlp",
-        "--config.model.depth=2",
-        f"--workdir={tmp_path}/run",
-    )
-    for line in process.stdout:
-        if line.startswith("epoch"):  # it is training
-            break
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == status, stderr
-    assert "stopping after this batch to save it" in stdout
-    saved = max((tmp_path / "run" / "checkpoints").glob("step_*[0-9]"))
-    assert f"saved in {saved}: the same command goes on from there" in stdout.splitlines()[-1]
-    assert not (tmp_path / "run" / "params").exists()
-    assert stderr == ""
 
 
 def test_an_interrupt_outside_the_loop_is_no_traceback(monkeypatch, capsys):
