@@ -22,8 +22,9 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as orbax
 
+from fdg_jax.agreement import fit, named_leaves
 from fdg_jax.sealed import Damaged, free_name, remove, seal, sweep, verify
-from fdg_jax.snapshot import Snapshot, fit, named_leaves
+from fdg_jax.snapshot import Snapshot
 
 PyTree = Any
 RECORD, ARRAYS, WEIGHTS = "record.json", "arrays", "weights"

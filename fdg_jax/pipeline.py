@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import optax
 
+from fdg_jax import agreement
 from fdg_jax import schedule as schedules
 from fdg_jax import snapshot as snapshots
 from fdg_jax.checks import (
@@ -236,7 +237,7 @@ class Pipeline:
         """
         with using(state, self.num_stages):
             snapshot = snapshots.take(state)
-        targets = snapshots.shapes_as_json(self._targets)
+        targets = agreement.shapes_as_json(self._targets)
         return Snapshot(snapshot.arrays, {**snapshot.record, **self._identity(), "targets": targets})
 
     def restore(self, state: State, snapshot: Snapshot, example_targets: PyTree = None) -> State:
@@ -251,18 +252,18 @@ class Pipeline:
             Mismatch: it is of another network, method or cuts, or its memos are of another version of JAX.
         """
         engine = self._started()
-        snapshots.compare_runs(snapshot.record, self._identity())
+        agreement.compare_runs(snapshot.record, self._identity())
         given = None if example_targets is None else batched_shapes("example_targets", example_targets)
-        targets = snapshots.targets_of(snapshot.record, given)
+        targets = agreement.targets_of(snapshot.record, given)
         with using(state, self.num_stages):
             found = snapshots.put(snapshot, state, self.devices, engine.plan.shapes, targets)
             if targets is not None:
                 engine.expect(state, targets)
         if totals := found.stages[-1].totals:
             reported = {name: np.zeros((), np.float32) for name in engine.workers[self.num_stages - 1].total_names}
-            snapshots.compare_totals(totals, reported)
+            agreement.compare_totals(totals, reported)
         for (k, batch), memo in found.memos.items():
-            snapshots.compare_memos(f"the memo of batch {batch} on stage {k}", memo, engine.workers[k].trace)
+            agreement.compare_memos(f"the memo of batch {batch} on stage {k}", memo, engine.workers[k].trace)
         self._targets = targets
         return found
 
@@ -277,7 +278,7 @@ class Pipeline:
             "schedule": {"name": self.schedule.name, "period": self.schedule.period, "stages": stages},
             "groups": [list(stage.groups) for stage in self._started().plan.stages],
         }
-        return {"pipeline": pipeline, "versions": snapshots.versions()}
+        return {"pipeline": pipeline, "versions": agreement.versions()}
 
     def read_metrics(self, state: State) -> tuple[State, dict[str, float]]:
         """Means over the batches that left the last stage since the last reading, and their number as "batches".

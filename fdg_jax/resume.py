@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from rich.console import Console
 
+from fdg_jax.agreement import Mismatch
 from fdg_jax.build import build, described, example_images
 from fdg_jax.checkpoint import Checkpoints, Weights, load_weights, read_checkpoint
 from fdg_jax.config import ConfigError, Settings, differences
@@ -17,7 +18,7 @@ from fdg_jax.engine.base import State
 from fdg_jax.lock import is_locked
 from fdg_jax.pipeline import Pipeline
 from fdg_jax.sealed import Damaged
-from fdg_jax.snapshot import Mismatch, Snapshot, weights
+from fdg_jax.snapshot import Snapshot, weights
 
 WAYS_OUT = "--config.checkpoint.resume=params goes on with its weights alone; or choose another --workdir"
 

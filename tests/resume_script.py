@@ -16,8 +16,8 @@ from flax import nnx
 from helpers import make_pipeline, tiny_batches
 
 from fdg_jax import Pipeline, State, layers, methods
+from fdg_jax.agreement import named_leaves
 from fdg_jax.checkpoint import Checkpoints, read_checkpoint
-from fdg_jax.snapshot import named_leaves
 
 HALF = 5  # batches: stage 0 of three has answered its first one, and all kinds of things are in flight
 BATCHES = tiny_batches(2 * HALF)

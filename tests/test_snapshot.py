@@ -22,9 +22,10 @@ from resume_script import BATCHES, CASES, HALF, blocks, outcome, train
 
 from fdg_jax import layers, methods, optim, softmax_cross_entropy
 from fdg_jax import snapshot as snapshots
+from fdg_jax.agreement import Mismatch
 from fdg_jax.checkpoint import Checkpoints
 from fdg_jax.engine.base import NO_FAULT, FirstFault
-from fdg_jax.snapshot import Mismatch, Snapshot, weights
+from fdg_jax.snapshot import Snapshot, weights
 
 KEY = jax.random.key(0)
 POLICIES = ["stash", "current", "recompute"]
