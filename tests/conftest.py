@@ -8,3 +8,11 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# Files that take half a minute or more: begun first, so that no worker is left alone with one at the end.
+LONG = ("survival", "readme", "snapshot", "experiments", "pipeline", "main", "models", "stage", "data")
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))  # stable: within a file the order stays
