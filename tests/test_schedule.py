@@ -12,8 +12,23 @@ MAKERS = {
     "bp": schedules.bp,
     "fdg": schedules.fdg,
     "fdg_forward_first": lambda num_stages: schedules.fdg(num_stages, "forward_first"),
+    "gpipe": lambda num_stages: schedules.gpipe(num_stages, 3),
+    "one_f_one_b": lambda num_stages: schedules.one_f_one_b(num_stages, 4),
+    "ddg": schedules.ddg,
+    "pipedream": schedules.pipedream,
+    "pipedream_2bw": lambda num_stages: schedules.pipedream_2bw(num_stages, num_stages + 1),
+    "adl": lambda num_stages: schedules.adl(num_stages, 2),
+    "adl_forward_first": lambda num_stages: schedules.adl(num_stages, 3, "forward_first"),
+    "local": schedules.local,
 }
 every_schedule = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+GROUPED = {
+    "gpipe": schedules.gpipe,
+    "one_f_one_b": schedules.one_f_one_b,
+    "pipedream_2bw": schedules.pipedream_2bw,
+    "adl": schedules.adl,
+}
+every_number = pytest.mark.parametrize("num_stages", range(1, 9))
 
 
 def test_picture_of_fdg():
@@ -60,10 +75,117 @@ def test_picture_of_bp():
     ]
 
 
+def test_picture_of_gpipe():
+    assert schedules.show(schedules.gpipe(3, 2), 9).splitlines()[1:] == [
+        " 0    F0",
+        " 1    F1          F0",
+        " 2                F1          F0",
+        " 3                            F1 B0",
+        " 4                B0          B1 U",
+        " 5    B0          B1 U",
+        " 6    B1 U",
+        " 7    F2",
+        " 8    F3          F2",
+    ]
+
+
+def test_picture_of_one_f_one_b():
+    assert schedules.show(schedules.one_f_one_b(3, 4), 12).splitlines() == [
+        "tick  stage 0     stage 1     stage 2",
+        " 0    F0",
+        " 1    F1          F0",
+        " 2    F2          F1          F0 B0",
+        " 3                B0",
+        " 4    B0          F2          F1 B1",
+        " 5    F3          B1",
+        " 6    B1          F3          F2 B2",
+        " 7                B2",
+        " 8    B2                      F3 B3 U",
+        " 9                B3 U",
+        "10    B3 U",
+        "11    F4",
+    ]
+
+
+def test_picture_of_ddg():
+    assert schedules.show(schedules.ddg(3), 9).splitlines()[1:] == [
+        " 0    F0",
+        " 1                F0",
+        " 2                            F0 B0 U",
+        " 3    F1",
+        " 4                F1",
+        " 5                B0 U        F1 B1 U",
+        " 6    F2",
+        " 7                F2",
+        " 8    B0 U        B1 U        F2 B2 U",
+    ]
+
+
+def test_picture_of_pipedream():
+    assert schedules.show(schedules.pipedream(3), 8).splitlines()[1:] == [
+        " 0    F0",
+        " 1                F0",
+        " 2    F1                      F0 B0 U",
+        " 3                F1",
+        " 4    F2          B0 U        F1 B1 U",
+        " 5    B0 U        F2",
+        " 6    F3          B1 U        F2 B2 U",
+        " 7    B1 U        F3",
+    ]
+
+
+def test_picture_of_pipedream_2bw():
+    assert schedules.show(schedules.pipedream_2bw(3, 3), 10).splitlines()[1:] == [
+        " 0    F0",
+        " 1                F0",
+        " 2    F1                      F0 B0",
+        " 3                F1",
+        " 4    F2          B0          F1 B1",
+        " 5    B0          F2",
+        " 6    F3          B1          F2 B2 U",
+        " 7    B1          F3",
+        " 8    F4          B2 U        F3 B3",
+        " 9    B2 U        F4",
+    ]
+
+
+def test_picture_of_adl():
+    assert schedules.show(schedules.adl(3, 2), 7).splitlines()[1:] == [
+        " 0    F0",
+        " 1    F1          F0",
+        " 2    F2          F1          F0 B0",
+        " 3    F3          B0 F2       F1 B1 U",
+        " 4    B0 F4       B1 U F3     F2 B2",
+        " 5    B1 U F5     B2 F4       F3 B3 U",
+        " 6    B2 F6       B3 U F5     F4 B4",
+    ]
+
+
+def test_picture_of_local_losses():
+    assert schedules.show(schedules.local(3), 3).splitlines()[1:] == [
+        " 0    F0 B0 U",
+        " 1    F1 B1 U     F0 B0 U",
+        " 2    F2 B2 U     F1 B1 U     F0 B0 U",
+    ]
+
+
+def test_an_incomplete_group_is_updated_in_its_usual_tick():
+    """Three batches, an update every two: the last answers batch 2 alone, a tick after its backward."""
+    assert schedules.show(schedules.adl(2, 2), 99, num_batches=3).splitlines()[1:] == [
+        " 0    F0",
+        " 1    F1          F0 B0",
+        " 2    B0 F2       F1 B1 U",
+        " 3    B1 U        F2 B2",
+        " 4    B2          U",
+        " 5    U",
+    ]
+    assert schedules.row(schedules.adl(2, 2), 5, 3)[0] == (Op("U", 2),)
+
+
 @every_schedule
 def test_the_tick_of_an_operation_is_its_row(make):
     schedule = make(3)
-    for tick, row in enumerate(schedules.unroll(schedule, 4)):
+    for tick, row in enumerate(schedules.unroll(schedule, 5)):
         for k, visit in enumerate(row):
             assert all(schedules.tick_of(schedule, k, op) == tick for op in visit)
 
@@ -86,6 +208,131 @@ def test_delay_staleness_and_depth_of_fdg(num_stages):
     assert schedules.depth(second) == tuple(d + 1 for d in delays)
 
 
+@every_number
+@pytest.mark.parametrize("group", range(1, 5))
+def test_gpipe_and_one_f_one_b_are_exact(num_stages, group):
+    """As long as each other, never stale, and memos M against min(M, K - k)."""
+    gpipe, turns = schedules.gpipe(num_stages, group), schedules.one_f_one_b(num_stages, group)
+    after = [num_stages - 1 - k for k in range(num_stages)]
+    held = [min(group, n + 1) for n in after]
+    assert schedules.stalenesses(gpipe) == schedules.stalenesses(turns) == ((0,) * group,) * num_stages
+    assert schedules.delay(gpipe) == tuple(2 * n + group - 1 for n in after)
+    assert schedules.delay(turns) == tuple(2 * n + m - 1 for n, m in zip(after, held, strict=True))
+    assert schedules.depth(gpipe) == (group,) * num_stages
+    assert schedules.depth(turns) == tuple(held)
+    for schedule in (gpipe, turns):
+        # No tick could be saved: the first stage is at work from the beginning of a group to its end.
+        assert schedule.period == schedule.span == schedules.tick_of(schedule, 0, Op("U", group - 1)) + 1
+    if num_stages > 1:
+        assert gpipe.period == turns.period == 2 * (num_stages + group) - 3
+
+
+@every_number
+def test_delay_staleness_and_depth_of_ddg_and_pipedream(num_stages):
+    """K-1-k batches, as many updates, K - k memos (algorithms.md 2, 7.2 and 12)."""
+    late = tuple(num_stages - 1 - k for k in range(num_stages))
+    for schedule in (schedules.ddg(num_stages), schedules.pipedream(num_stages)):
+        assert tuple(ticks // schedule.period for ticks in schedules.delay(schedule)) == late
+        assert schedules.staleness(schedule) == late
+        assert schedules.depth(schedule) == tuple(n + 1 for n in late)
+    assert schedules.delay(schedules.ddg(num_stages)) == tuple((num_stages + 1) * n for n in late)
+    assert schedules.delay(schedules.pipedream(num_stages)) == tuple(2 * n + (n > 0) for n in late)
+
+
+def operations(schedule: Schedule, k: int, num_batches: int) -> list[Op]:
+    return [op for stages in schedules.unroll(schedule, num_batches) for op in stages[k]]
+
+
+@every_number
+def test_ddg_does_in_order_what_pipedream_does(num_stages):
+    for k in range(num_stages):
+        both = [operations(make(num_stages), k, 20) for make in (schedules.ddg, schedules.pipedream)]
+        assert both[0] == both[1]
+
+
+@every_number
+def test_ddg_is_forward_locked(num_stages):
+    """No batch enters before the one ahead of it has passed all stages, and then all stages answer at once."""
+    schedule = schedules.ddg(num_stages)
+    for tick in range(num_stages * num_stages, num_stages * (num_stages + 3)):
+        row = schedules.row(schedule, tick)
+        forwards = [op.batch for visit in row for op in visit if op.kind == "F"]
+        assert forwards == [tick // num_stages]
+        backwards = sum(op.kind == "B" for visit in row for op in visit)
+        assert backwards == (num_stages if tick % num_stages == num_stages - 1 else 0)
+
+
+@every_number
+@pytest.mark.parametrize("more", range(3))
+def test_2bw_is_one_update_late_everywhere(num_stages, more):
+    """Forwards use the version that the group before the last made; by the backward there is one more."""
+    group = num_stages + more
+    schedule = schedules.pipedream_2bw(num_stages, group)
+    assert schedules.stalenesses(schedule) == ((1,) * group,) * num_stages
+    assert schedules.depth(schedule) == tuple(num_stages - k for k in range(num_stages))
+    for k in range(num_stages):
+        updates = 0
+        for op in operations(schedule, k, 5 * group):
+            version = max(0, op.batch // group - 1)
+            if op.kind == "F":
+                assert version <= updates <= version + 1, "two buffers hold it"
+            if op.kind == "B" and op.batch >= group:
+                assert updates - version == 1
+            updates += op.kind == "U"
+
+
+@every_number
+@pytest.mark.parametrize("group", range(1, 5))
+def test_staleness_of_adl(num_stages, group):
+    """D_k ticks of one batch each hold D_k / M updates, rounded up or down; update_first sees one tick fewer."""
+    delays = [2 * (num_stages - 1 - k) for k in range(num_stages)]
+    for order, ticks in (("forward_first", delays), ("update_first", [max(0, d - 1) for d in delays])):
+        schedule = schedules.adl(num_stages, group, order)
+        assert schedules.delay(schedule) == tuple(delays)
+        for late, d in zip(schedules.stalenesses(schedule), ticks, strict=True):
+            assert sum(late) == d, "M batches meet each of the D_k updates of M D_k ticks once"
+            assert {d // group, -(-d // group)} >= set(late)
+        assert schedules.staleness(schedule) == tuple(-(-d // group) for d in ticks)
+        assert schedules.depth(schedule) == schedules.depth(schedules.fdg(num_stages, order))
+
+
+def test_published_staleness_of_adl():
+    """The table of the paper for K = 3 (algorithms.md 4) counts what forward_first does."""
+    late = {group: schedules.stalenesses(schedules.adl(3, group, "forward_first")) for group in (2, 4)}
+    assert late[2] == ((2, 2), (1, 1), (0, 0))
+    assert late[4] == ((1, 1, 1, 1), (1, 1, 0, 0), (0, 0, 0, 0))
+    late = {group: schedules.stalenesses(schedules.adl(3, group)) for group in (2, 4)}
+    assert late[2] == ((2, 1), (1, 0), (0, 0))
+    assert late[4] == ((1, 1, 1, 0), (1, 0, 0, 0), (0, 0, 0, 0))
+
+
+@every_number
+def test_groups_of_one_are_the_schedules_without_groups(num_stages):
+    for order in schedules.ORDERS:
+        one, plain = schedules.adl(num_stages, 1, order), schedules.fdg(num_stages, order)
+        assert replace(one, name="fdg") == plain
+    for make in (schedules.gpipe, schedules.one_f_one_b):
+        assert replace(make(num_stages, 1), name="bp") == schedules.bp(num_stages)
+
+
+@every_schedule
+def test_one_stage_does_what_bp_does(make):
+    schedule = make(1)
+    forwards, backwards = ([op for op in operations(schedule, 0, 12) if op.kind == kind] for kind in "FB")
+    assert [op.batch for op in forwards] == [op.batch for op in backwards] == list(range(12))
+    assert schedules.staleness(schedule) == ((1,) if schedule.double_buffered else (0,))
+
+
+@every_number
+def test_local_losses_are_never_late(num_stages):
+    schedule = schedules.local(num_stages)
+    assert schedules.delay(schedule) == schedules.staleness(schedule) == (0,) * num_stages
+    assert schedules.depth(schedule) == (1,) * num_stages
+    if num_stages > 1:
+        with pytest.raises(ValueError, match="stage 0 runs B0 in tick 0, before stage 1's B0 can be read"):
+            schedules.validate(replace(schedule, local=False))
+
+
 @pytest.mark.parametrize("num_stages", range(1, 9))
 def test_bp_is_never_stale(num_stages):
     schedule = schedules.bp(num_stages)
@@ -93,26 +340,68 @@ def test_bp_is_never_stale(num_stages):
     assert schedules.depth(schedule) == (1,) * num_stages
 
 
-def moved_earlier(schedule: Schedule, k: int, n: int) -> Schedule:
+def moved(schedule: Schedule, k: int, n: int, offset: int) -> Schedule:
     stages = [list(slots) for slots in schedule.stages]
-    kind, offset = stages[k][n]
-    stages[k][n] = Slot(kind, offset - 1)
+    stages[k][n] = stages[k][n]._replace(offset=offset)
     return replace(schedule, stages=tuple(map(tuple, stages)))
 
 
+def earliest(schedule: Schedule, k: int, slot: Slot) -> int | None:
+    """The first tick in which a slot finds what it reads; None for the first stage's forward, which reads the batch."""
+    offset = {(j, s.kind, s.micro): s.offset for j, slots in enumerate(schedule.stages) for s in slots}
+    if slot.kind == "F":
+        return offset[k - 1, "F", slot.micro] + 1 if k else None
+    if slot.kind == "U":
+        return max(offset[k, "B", m] for m in range(schedule.group))
+    above = offset.get((k + 1, "B", slot.micro), -1) if not schedule.local else -1
+    return max(offset[k, "F", slot.micro], above + 1)
+
+
 @every_schedule
-@pytest.mark.parametrize("num_stages", range(1, 9))
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 8])
 def test_an_operation_a_tick_too_early_is_refused(make, num_stages):
     """Every operation that reads something; the error names stage, operation and tick."""
     schedule = make(num_stages)
     for k, slots in enumerate(schedule.stages):
-        for n, (kind, offset) in enumerate(slots):
-            if kind == "F" and k == 0:
-                continue  # it reads the batch, which is there
-            # Batch 0's operation, or batch 1's where the tick before would be the one before the first.
-            batch, tick = (0, offset - 1) if offset else (1, schedule.period - 1)
-            with pytest.raises(ValueError, match=rf"stage {k} runs {kind}{batch} in tick {tick}, before stage"):
-                schedules.validate(moved_earlier(schedule, k, n))
+        for n, slot in enumerate(slots):
+            tick = earliest(schedule, k, slot)
+            if tick is None:
+                continue
+            # The first group's operation, or the second's where the tick before would be the one before the first.
+            group, at = (0, tick - 1) if tick else (1, schedule.period - 1)
+            op = f"{slot.kind}{group * schedule.group + slot.micro}"
+            with pytest.raises(ValueError, match=rf"stage {k} runs {op} in tick {at}, before stage"):
+                schedules.validate(moved(schedule, k, n, tick - 1))
+
+
+@every_schedule
+def test_an_operation_left_out_is_refused(make):
+    schedule = make(3)
+    for k, slots in enumerate(schedule.stages):
+        for n in range(len(slots)):
+            stages = (*schedule.stages[:k], slots[:n] + slots[n + 1 :], *schedule.stages[k + 1 :])
+            with pytest.raises(ValueError, match=f"stage {k} never runs {slots[n].kind}{slots[n].micro}"):
+                schedules.validate(replace(schedule, stages=stages))
+
+
+def test_an_update_that_comes_too_late_is_refused():
+    """It would apply gradients of the group after it."""
+    schedule = schedules.gpipe(2, 2)
+    with pytest.raises(ValueError, match="stage 1 runs B2 in tick 7, before stage 1's U1 can be read"):
+        schedules.validate(moved(schedule, 1, 4, 7))
+
+
+def test_an_update_before_any_backward_of_its_group_is_refused():
+    with pytest.raises(ValueError, match="stage 0 runs U2 in tick 6, before stage 0's B0 can be read"):
+        schedules.validate(moved(schedules.gpipe(2, 3), 0, 3, 7))
+
+
+def test_two_versions_that_are_too_few_are_refused():
+    with pytest.raises(ValueError, match="a group of at least num_stages=4 micro-batches; got 3"):
+        schedules.pipedream_2bw(4, 3)
+    late = replace(schedules.adl(4, 2), double_buffered=True)  # batch 4 enters in tick 4; batch 0 is answered in tick 6
+    with pytest.raises(ValueError, match="stage 0 runs F4 in tick 4, before stage 0's U1 can be read"):
+        schedules.validate(late)
 
 
 def test_an_operation_twice_or_never_is_refused():
@@ -134,13 +423,18 @@ def test_an_update_before_its_backward_is_refused():
 
 @given(st.sampled_from(list(MAKERS)), st.integers(1, 6), st.integers(0, 12))
 def test_every_batch_is_answered_once_in_order_by_every_stage(name, num_stages, num_batches):
+    """An update bears the last number of its group, which may be incomplete at the end."""
     schedule = MAKERS[name](num_stages)
     rows = list(schedules.unroll(schedule, num_batches))
     assert len(rows) == schedules.num_ticks(schedule, num_batches)
+    last_numbers = [min(first + schedule.group, num_batches) - 1 for first in range(0, num_batches, schedule.group)]
     for k in range(num_stages):
         ops = [op for stages in rows for op in stages[k]]
-        for kind in schedules.KINDS:
+        for kind in "FB":
             assert [op.batch for op in ops if op.kind == kind] == list(range(num_batches))
+        assert [op.batch for op in ops if op.kind == "U"] == last_numbers
+        for n, op in enumerate(ops):
+            assert op.kind != "U" or ops.index(Op("B", op.batch)) < n
     if rows:
         assert any(rows[-1]), "the last row is not empty"
 
@@ -158,11 +452,17 @@ def test_updates_after_some_ticks(num_stages, ticks):
 
 @given(st.sampled_from(list(MAKERS)), st.integers(1, 5), st.integers(1, 8))
 def test_rows_do_not_depend_on_how_many_batches_follow(name, num_stages, num_batches):
-    """An engine that is fed batch after batch sees what one that knows them all would."""
+    """An engine that is fed batch after batch sees what one that knows them all would.
+
+    Batch i enters in the tick of its first forward. Until the next one enters, no operation knows of it but an update
+    by its number: where the group is incomplete it names the last batch there is.
+    """
     schedule = MAKERS[name](num_stages)
-    for tick in range(num_batches * schedule.period):
-        fed = tick // schedule.period + 1
-        assert schedules.row(schedule, tick, fed) == schedules.row(schedule, tick, num_batches)
+    enters = [schedules.tick_of(schedule, 0, Op("F", batch)) for batch in range(num_batches + 1)]
+    for fed, (start, stop) in enumerate(pairwise(enters), start=1):
+        for tick in range(start, stop):
+            assert schedules.row(schedule, tick, fed) == schedules.row(schedule, tick, num_batches)
+            assert schedules.row(schedule, tick, fed) == schedules.row(schedule, tick)
 
 
 def test_the_steady_state_repeats():
@@ -172,10 +472,16 @@ def test_the_steady_state_repeats():
         assert shifted == next_one
 
 
-@pytest.mark.parametrize("make", [schedules.bp, schedules.fdg])
+@every_schedule
 def test_no_stages_are_refused(make):
     with pytest.raises(ValueError, match="at least one stage; got num_stages=0"):
         make(0)
+
+
+@pytest.mark.parametrize("make", GROUPED.values(), ids=GROUPED)
+def test_empty_groups_are_refused(make):
+    with pytest.raises(ValueError, match="at least one batch; got group=0"):
+        make(2, 0)
 
 
 def test_an_unknown_order_is_refused():
