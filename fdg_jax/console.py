@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class RunDisplay:
-    """Use as a context; `advance` once a batch, `report` once a log.
+    """Use as a context; `advance` after batches, `report` once a log.
 
     Args:
         num_steps: batches of the whole run.
@@ -30,8 +30,8 @@ class RunDisplay:
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
-    def advance(self) -> None:
-        self._progress.advance(self._task)
+    def advance(self, num: int) -> None:
+        self._progress.advance(self._task, num)
 
     def report(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
         """Shows the latest numbers; where an epoch was evaluated its line stays."""

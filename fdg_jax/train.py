@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import jax
 import numpy as np
@@ -22,14 +21,13 @@ from fdg_jax.config import ConfigError, Settings
 from fdg_jax.console import RunDisplay
 from fdg_jax.data import Source
 from fdg_jax.engine.base import State
+from fdg_jax.feeding import Feeding
 from fdg_jax.lock import Locked, locked
 from fdg_jax.metrics import MetricWriter, masked_sums, read_lines
 from fdg_jax.pipeline import Pipeline
 from fdg_jax.resume import Progress, begin, find
 from fdg_jax.saving import RunFailed, Saving
 from fdg_jax.sealed import free_name, replace_text
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -220,20 +218,27 @@ class _Run:
     def train(self, state: State, received: list[int]) -> Result:
         """Feeds all batches and answers them; or stops, with everything in flight, when a signal arrives."""
         settings, first = self.settings, self.progress.step
-        with self.display, closing(self.source.batches(settings.seed, settings.batch_size, first)) as batches:
+        with self.display, Feeding(self.pipe, self.source, settings.seed, settings.batch_size, first) as feeding:
             if not self.progress.logged and first < self.num_steps:
                 state = self.end_step(state, received)
-            for step, batch in zip(range(first + 1, self.num_steps + 1), _readable(batches), strict=False):
-                if received:
-                    break
-                state, _ = self.pipe.step(state, batch)
-                self.progress = replace(self.progress, step=step, logged=False)
-                self.display.advance()
-                if step < self.num_steps and not received:
+            while self.progress.step < self.num_steps and not received:
+                with _readable():
+                    state, num = feeding.advance(state, self.steps_until_due())
+                self.progress = replace(self.progress, step=self.progress.step + num, logged=False)
+                self.display.advance(num)
+                if self.progress.step < self.num_steps and not received:
                     state = self.end_step(state, received)
             if not received:
                 state = self.finish(state, received)
         return self.stopped(state, received[0]) if received else self.finished(state)
+
+    def steps_until_due(self) -> int:
+        """How many steps may follow one another before `end_step` has something to do; at least one."""
+        step, every = self.progress.step, self.settings.checkpoint.every_steps
+        marks = [self.num_steps]
+        marks += [step + n - step % n for n in (self.per_epoch, self.settings.log_every_steps)]
+        marks += [max(step + 1, self.saving.step + every)] if every else []
+        return min(marks) - step
 
     def end_step(self, state: State, received: list[int]) -> State:
         """Logs, evaluates and saves what is due after a step. Cut short by a signal, it leaves the log to be done."""
@@ -369,10 +374,11 @@ def _test_error(metrics: dict[str, float]) -> float | None:
     return 1 - metrics["test/accuracy"] if "test/accuracy" in metrics else None
 
 
-def _readable(batches: Iterator[T]) -> Iterator[T]:
-    """The same, but a batch that cannot be read fails the run in one line."""
+@contextmanager
+def _readable() -> Iterator[None]:
+    """A batch that cannot be read fails the run in one line."""
     try:
-        yield from batches
+        yield
     except ValueError as error:
         raise RunFailed(f"{error}; the metrics before are kept") from error
 
@@ -385,11 +391,12 @@ def evaluate(
     A signal in `received` ends it early, and the means are then of no use.
     """
     sums: dict[str, float] = {}
-    for images, labels, mask in _readable(source.test_batches(batch_size)):
-        if received:
-            break
-        outputs = pipe.predict(state, images)
-        for name, value in masked_sums(pipe.loss, outputs, np.asarray(labels), mask).items():
-            sums[name] = sums.get(name, 0.0) + float(value)
+    with _readable():
+        for images, labels, mask in source.test_batches(batch_size):
+            if received:
+                break
+            outputs = pipe.predict(state, images)
+            for name, value in masked_sums(pipe.loss, outputs, np.asarray(labels), mask).items():
+                sums[name] = sums.get(name, 0.0) + float(value)
     count = sums.pop("count", math.nan)
     return {f"test/{name}": value / count for name, value in sorted(sums.items(), reverse=True)}

@@ -19,7 +19,7 @@ def shown(**kwargs):
     console = Console(file=text, width=100, **kwargs)
     with RunDisplay(10, 2, console) as display:
         for step in range(1, 11):
-            display.advance()
+            display.advance(1)
             if step % 5 == 0:
                 display.report(step, step / 5, TESTED if step == 10 else VALUES)
     return text.getvalue()

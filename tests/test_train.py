@@ -16,6 +16,7 @@ from fdg_jax.checkpoint import Weights, load_weights
 from fdg_jax.config import ConfigError, DataSettings, MethodSettings, ModelSettings, OptimSettings, Settings
 from fdg_jax.data import ArraySource, digits
 from fdg_jax.metrics import softmax_cross_entropy
+from fdg_jax.pipeline import Pipeline
 from fdg_jax.train import RunFailed, _signals, evaluate, train_and_evaluate
 
 SMALL = Settings(
@@ -284,3 +285,20 @@ def test_what_may_surprise_is_said(method, optimizer, words, tmp_path):
     told = train(settings, tmp_path / "run")[1]
     assert words in told
     assert ("beta 0:" in told) == (method.beta == 0)
+
+
+def test_the_fused_engine_writes_the_metrics_of_mpmd(finished, tmp_path, monkeypatch):
+    """Logs, evaluations and checkpoints fall on the same steps, however many batches a call takes."""
+    one = dataclasses.replace(SMALL, engine="fused", checkpoint=dataclasses.replace(SMALL.checkpoint, every_steps=3))
+    calls, run = [], Pipeline.run
+    monkeypatch.setattr(Pipeline, "run", lambda pipe, *args: calls.append(args[-1]) or run(pipe, *args))
+    _, text = train(one, tmp_path / "run")
+    lines, expected = read_lines(tmp_path / "run"), read_lines(finished[0])
+    for line, other in zip(lines, expected, strict=True):
+        assert set(line) == set(other)
+        assert line["step"] == other["step"]
+        for tag in TRAIN_TAGS | TEST_TAGS:
+            if tag in line and tag != "train/images_per_s":
+                assert line[tag] == pytest.approx(other[tag], rel=1e-4)
+    assert sum(calls) == 10
+    assert max(calls) > 1

@@ -6,6 +6,6 @@ Grain for sets that do not fit in memory.
 
 from fdg_jax.data.arrays import arrays
 from fdg_jax.data.digits import digits
-from fdg_jax.data.source import ArraySource, Source
+from fdg_jax.data.source import ArraySource, Feed, Source
 
-__all__ = ["ArraySource", "Source", "arrays", "digits"]
+__all__ = ["ArraySource", "Feed", "Source", "arrays", "digits"]

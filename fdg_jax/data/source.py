@@ -4,7 +4,7 @@ A set that fits on a device lives there: choosing, cropping, mirroring and norma
 jitted function of (seed, i), and the host sends an integer.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Protocol
@@ -18,6 +18,29 @@ from fdg_jax.data.shuffle import shuffled
 
 Array = jax.Array | np.ndarray
 Batch = tuple[Array, Array]  # images (B, H, W, C) float32, labels (B,) int32
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Training batches as a pure function of their number, for an engine that makes them inside its own program.
+
+    Attributes:
+        data: arrays that the function reads; all on one device.
+        at: `(data, i) -> (inputs, targets)` of batch i, () uint32; jittable. Programs are compiled once for each that
+            is not equal to another, so that a module's function serves better than a new lambda in every call.
+    """
+
+    data: Any
+    at: Callable[[Any, jax.Array], tuple[Any, Any]]
+
+    def batch(self, i: int) -> tuple[Any, Any]:
+        """Batch i, for an engine that is given its batches."""
+        return _batch(self.at, self.data, np.uint32(i))
+
+
+@partial(jax.jit, static_argnums=0)
+def _batch(at, data, i):
+    return at(data, i)
 
 
 class Source(Protocol):
@@ -145,6 +168,13 @@ class ArraySource:
         images = _train_images(*numbers, *self._on_image_device["train"], batch_size=batch_size, **augmentation)
         return images, _train_labels(*numbers, self._labels_on_device, batch_size=batch_size)
 
+    def feed(self, seed: int, batch_size: int) -> Feed:
+        """The batches of `batch` as a function of their number alone; the labels go to the images' device."""
+        self.steps_per_epoch(batch_size)
+        labels = jax.device_put(self._labels_on_device, self.image_device)
+        at = _TrainBatch(seed & 0xFFFFFFFF, batch_size, self.crop_padding, self.flip)
+        return Feed((*self._on_image_device["train"], labels), at)
+
     def batches(self, seed: int, batch_size: int, start: int = 0) -> Generator[Batch, None, None]:
         """Batch `start` and those that follow, without end."""
         i = start
@@ -212,6 +242,22 @@ def _train_images(seed, i, images, mean, std, *, batch_size, padding, flip):
 @partial(jax.jit, static_argnames="batch_size")
 def _train_labels(seed, i, labels, *, batch_size):
     return labels[chosen(seed, i, len(labels), batch_size)]
+
+
+@dataclass(frozen=True)
+class _TrainBatch:
+    """Batch i of a resident set; equal where its numbers are, so that equal feeds share their programs."""
+
+    seed: int
+    batch_size: int
+    padding: int
+    flip: bool
+
+    def __call__(self, data: Any, i: jax.Array) -> Batch:
+        images, mean, std, labels = data
+        seed, size = jnp.uint32(self.seed), self.batch_size
+        pixels = _train_images(seed, i, images, mean, std, batch_size=size, padding=self.padding, flip=self.flip)
+        return pixels, _train_labels(seed, i, labels, batch_size=size)
 
 
 @jax.jit

@@ -1,0 +1,261 @@
+"""All K stages in one program on one device: a call runs many ticks, and the host sends it two numbers.
+
+While the pipeline fills and drains the host walks the schedule, as in `mpmd`. In the steady state every period of the
+schedule does the same to what is in flight, one batch further on. `run` does that in a loop on the device, which makes
+its batches itself and keeps its memory from tick to tick: what several batches wait in (memos, targets) are rings, in
+which a new batch takes the place of the one just answered. Between two calls the state is what it is in `mpmd`.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fdg_jax import schedule as schedules
+from fdg_jax.backward import Memo
+from fdg_jax.data.source import Feed
+from fdg_jax.engine.base import COTANGENTS, INPUTS, TARGETS, Metrics, PyTree, StageState, State
+from fdg_jax.engine.mpmd import Mpmd
+from fdg_jax.engine.worker import Arrival, pattern, updates_first
+from fdg_jax.schedule import BACKWARD, FORWARD, UPDATE, Op, Visit
+from fdg_jax.stacking import fast_in_loops
+
+CAPACITY = 256  # batches a call at most, for each of which it keeps the metrics
+MEMO = "memo"
+
+
+class Queue(NamedTuple):
+    """What waits for a stage between two periods: a value a batch, of batches that follow one another."""
+
+    kind: str  # of a message, or MEMO
+    stage: int
+    oldest: int  # number of the oldest batch, counted from the one that comes next
+    boxes: tuple[str, ...]  # the fields of `State` in which the values are, oldest batch first
+
+    @property
+    def size(self) -> int:
+        return len(self.boxes)
+
+
+class Fused(Mpmd):
+    """The engine for one device; all `devices` are the same."""
+
+    def run(self, state: State, feed: Feed, num_batches: int) -> tuple[State, Metrics | None]:
+        if not self._loops_well(state):
+            return super().run(state, feed, num_batches)
+        filling = min(num_batches, max(0, self._steady_from - (state.fed - state.origin)))
+        state, metrics = super().run(state, feed, filling)
+        parts = [metrics] if metrics else []
+        for start in range(filling, num_batches, CAPACITY):
+            state, metrics = self._loop(state, feed, min(CAPACITY, num_batches - start))
+            parts.append(metrics)
+        return state, jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if parts else None
+
+    @cached_property
+    def _steady_from(self) -> int:
+        """Batches after which every period does the same: the first one has left the pipeline."""
+        return -(-(self.plan.schedule.span - 1) // self.plan.schedule.period)
+
+    def _loops_well(self, state: State) -> bool:
+        """Whether a loop costs what its body costs: on a CPU device where no convolution has JAX's own gradient."""
+        if self._is_fast is None:
+            self._is_fast = self.devices[0].platform != "cpu" or all(
+                fast_in_loops(partial(stage.apply, train=True), own.params, own.state, inputs, own.key)
+                for stage, own, inputs in zip(self.plan.stages, state.stages, self.plan.shapes, strict=True)
+            )
+        return self._is_fast
+
+    _is_fast: bool | None = None
+    _running_call: jax.Array | None = None
+
+    def _loop(self, state: State, feed: Feed, num_batches: int) -> tuple[State, Metrics]:
+        """Feeds `num_batches` batches to a pipeline in its steady state, in one call."""
+        state = self._with_totals(state, jax.eval_shape(feed.at, feed.data, jnp.uint32(0))[1])
+        queues = _queues(state)
+        donated, kept = _parted(state, queues, self._overwritten)
+        numbers = np.uint32(state.fed), np.int32(num_batches)
+        stages, values, metrics = self._periods_program(queues, feed.at, donated, kept, feed.data, *numbers)
+        previous, self._running_call = self._running_call, metrics["loss"]
+        jax.block_until_ready(previous)  # while the device works on one call, one more waits, and holds memory
+        fed = state.fed + num_batches
+        boxes: dict[str, dict] = {"inbox": {}, "outbox": {}, "memos": {}}
+        for queue, each in zip(queues, values, strict=True):
+            for j, (box, value) in enumerate(zip(queue.boxes, each, strict=True)):
+                boxes[box][_key(queue, fed + queue.oldest + j)] = value
+        state = self._sharing_weights(State(fed, state.origin, tuple(stages), **boxes))
+        return state, {name: each[:num_batches] for name, each in metrics.items()}
+
+    @cached_property
+    def _overwritten(self) -> tuple[str, ...]:
+        """Fields of a stage's state to which no memo refers, so that their memory may be used again."""
+        todays_weights = all(worker.todays_weights for worker in self.workers.values())
+        return ("opt_state", "counts", "totals", *(["params"] if todays_weights else []))
+
+    @cached_property
+    def _periods_program(self) -> Callable:
+        return jax.jit(self._periods, static_argnums=(0, 1), donate_argnums=2)
+
+    def _periods(self, queues, at, donated, kept, data, first, count):
+        """`count` periods of the steady state, in which the batches `first`, `first` + 1, .. enter."""
+        stages, values = _joined(donated, kept)
+        rings, newest = [_ring(each) for each in values], [each[-1] for each in values]
+        reported = {name: jnp.zeros(CAPACITY) for name in stages[-1].totals if name != "batches"}
+
+        def filed(n, rings, newest):
+            """What the period before has left is written only now: before its end the ring was still being read."""
+            return [_written(*each, n) for each in zip(queues, rings, newest, strict=True)]
+
+        def period(n, carry):
+            stages, rings, newest, reported = carry
+            rings = filed(n, rings, newest)
+            walk = _Period(self, stages, dict(zip(queues, rings, strict=True)), n)
+            walk.go(at(data, first + n.astype(jnp.uint32)))
+            newest = [walk.new[queue.kind, queue.stage, queue.oldest + queue.size] for queue in queues]
+            reported = jax.tree.map(lambda all_, one: all_.at[n].set(one), reported, walk.metrics)
+            return walk.stages, rings, newest, reported
+
+        stages, rings, newest, reported = lax.fori_loop(0, count, period, (stages, rings, newest, reported))
+        rings = filed(count, rings, newest)
+        return stages, [_unrolled(ring, queue.size, count) for ring, queue in zip(rings, queues, strict=True)], reported
+
+    def _sharing_weights(self, state: State) -> State:
+        """The newest memos refer to today's weights again, where no update has come since their forward."""
+        memos = dict(state.memos)
+        for k, number in memos:
+            if self._is_of_today(k, number - state.fed):
+                leaves = jax.tree.leaves(state.stages[k].params)
+                pairs = zip(self.workers[k].trace.held, memos[k, number].held, strict=True)
+                held = [leaves[source.leaf] if source.tree == "params" else leaf for source, leaf in pairs]
+                memos[k, number] = memos[k, number]._replace(held=held)
+        return replace(state, memos=memos)
+
+    def _is_of_today(self, k: int, offset: int) -> bool:
+        """Whether stage k updates nothing between the forward of the batch `offset` after the next and that one."""
+        schedule, base = self.plan.schedule, 2 * self._steady_from
+        ticks = range((base + offset) * schedule.period, base * schedule.period)
+        kinds = [op for tick in ticks for op in schedules.row(schedule, tick)[k]]
+        forward = kinds.index(Op(FORWARD, base + offset))
+        return all(op.kind != UPDATE for op in kinds[forward:])
+
+
+class _Period:
+    """One period of the steady state under trace; batches are numbered from the one that comes next."""
+
+    def __init__(self, engine: Fused, stages: list[StageState], rings: dict[Queue, PyTree], n: jax.Array):
+        self.plan, self.workers, self.stages, self.n = engine.plan, engine.workers, stages, n
+        self.rings = {(queue.kind, queue.stage): (queue, ring) for queue, ring in rings.items()}
+        self.base = engine._steady_from
+        self.new: dict[tuple[str, int, int], PyTree] = {}
+        self.metrics: Metrics = {}
+
+    def go(self, batch: tuple[PyTree, PyTree]) -> None:
+        period = self.plan.schedule.period
+        self.new[INPUTS, 0, 0], self.new[TARGETS, self.plan.last, 0] = batch
+        for tick in range(self.base * period, (self.base + 1) * period):
+            for k, visit in enumerate(schedules.row(self.plan.schedule, tick)):
+                if visit:
+                    self._visit(k, visit)
+
+    def _visit(self, k: int, visit: Visit) -> None:
+        batches = list(dict.fromkeys(op.batch for op in visit))
+        arrivals = [self._receive(k, batch, visit) for batch in batches]
+        worker, before = self.workers[k], self.stages[k]
+        own, departures = worker.visit(pattern(visit), before, arrivals)
+        self.stages[k] = own
+        params = own.params if updates_first(visit) else before.params
+        for batch, arrival, departure in zip(batches, arrivals, departures, strict=True):
+            offset = batch - self.base
+            if departure.saved is not None:
+                memo = worker.trace.memo(departure.saved, params, arrival.inputs, before.state, departure.outputs)
+                self.new[MEMO, k, offset] = memo
+            if departure.outputs is not None:
+                self.new[INPUTS, k + 1, offset] = departure.outputs
+            if departure.cotangents is not None and k > 0:
+                self.new[COTANGENTS, k - 1, offset] = departure.cotangents
+            self.metrics = departure.metrics or self.metrics
+
+    def _receive(self, k: int, batch: int, visit: Visit) -> Arrival:
+        forward, backward = Op(FORWARD, batch) in visit, Op(BACKWARD, batch) in visit
+        last, take = self.plan.last, partial(self._take, k=k, offset=batch - self.base)
+        return Arrival(
+            inputs=take(INPUTS) if forward else None,
+            targets=take(TARGETS) if forward and k == last else None,
+            cotangents=take(COTANGENTS) if backward and k < last else None,
+            memo=take(MEMO) if backward and not forward else None,
+        )
+
+    def _take(self, kind: str, k: int, offset: int) -> PyTree:
+        if (kind, k, offset) in self.new:
+            return self.new.pop((kind, k, offset))
+        queue, ring = self.rings[kind, k]
+        if queue.size == 1:
+            return ring
+        return _read(ring, (self.n + offset - queue.oldest) % queue.size)
+
+
+def _queues(state: State) -> tuple[Queue, ...]:
+    """What is in flight between two periods."""
+    found: dict[tuple[str, int], dict[int, str]] = defaultdict(dict)
+    for box in ("inbox", "outbox"):
+        for kind, k, number in getattr(state, box):
+            found[kind, k][number - state.fed] = box
+    for k, number in state.memos:
+        found[MEMO, k][number - state.fed] = "memos"
+    queues = []
+    for (kind, k), boxes in sorted(found.items()):
+        assert max(boxes) - min(boxes) == len(boxes) - 1, f"batches {sorted(boxes)} do not follow one another"
+        queues.append(Queue(kind, k, min(boxes), tuple(boxes[offset] for offset in sorted(boxes))))
+    return tuple(queues)
+
+
+def _parted(state: State, queues: tuple[Queue, ...], overwritten: tuple[str, ...]) -> tuple[PyTree, PyTree]:
+    """The stages and the values of the queues: what may be overwritten, and what something else may refer to."""
+    values = [
+        [getattr(state, box)[_key(queue, state.fed + queue.oldest + j)] for j, box in enumerate(queue.boxes)]
+        for queue in queues
+    ]
+    memos = [queue.kind == MEMO for queue in queues]
+    fields = [{field: getattr(own, field) for field in overwritten} for own in state.stages]
+    rest = [{field: getattr(own, field) for field in own._fields if field not in overwritten} for own in state.stages]
+    saved = [[v.saved for v in each] if memo else [] for each, memo in zip(values, memos, strict=True)]
+    others = [[v.held for v in each] if memo else each for each, memo in zip(values, memos, strict=True)]
+    return (fields, saved), (rest, others)
+
+
+def _joined(donated: PyTree, kept: PyTree) -> tuple[list[StageState], list[list[PyTree]]]:
+    """The inverse of `_parted`."""
+    (fields, saved), (rest, others) = donated, kept
+    stages = [StageState(**a, **b) for a, b in zip(fields, rest, strict=True)]
+    return stages, [list(map(Memo, s, o)) if s else o for s, o in zip(saved, others, strict=True)]
+
+
+def _key(queue: Queue, number: int) -> tuple:
+    return (queue.stage, number) if queue.kind == MEMO else (queue.kind, queue.stage, number)
+
+
+def _ring(values: list[PyTree]) -> PyTree:
+    """The values with a new leading axis, the oldest first; one alone as it is."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *values) if len(values) > 1 else values[0]
+
+
+def _written(queue: Queue, ring: PyTree, newest: PyTree, n: jax.Array) -> PyTree:
+    """The ring after `n` periods, with the newest value in the place of the oldest before it."""
+    if queue.size == 1:
+        return newest
+    place = (n + queue.size - 1) % queue.size
+    return jax.tree.map(lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, place, 0), ring, newest)
+
+
+def _read(ring: PyTree, place: jax.Array) -> PyTree:
+    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, place, keepdims=False), ring)
+
+
+def _unrolled(ring: PyTree, size: int, n: jax.Array) -> list[PyTree]:
+    """The values of a ring after `n` periods, the oldest first."""
+    return [ring] if size == 1 else [_read(ring, (n + j) % size) for j in range(size)]
