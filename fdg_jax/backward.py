@@ -13,6 +13,9 @@ Three policies, which coincide at a stage's first backward and wherever no updat
 * *current*: activations of the forward, weights of today, as in the code released with FDG. An activation is whatever
   depends on the stage's input; what depends on parameters alone is a weight and has to be today's;
 * *recompute*: input of the forward, weights of today: the forward is done again.
+
+Beside the policy stands `remat`, which changes no value: how much of a forward a memo keeps, and how much of it is
+done again with the forward's own weights. `kept` puts it into a function.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,8 +28,53 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import partial_eval
 
+from fdg_jax.names import check_name
+
 PyTree = Any
 POLICIES = ("stash", "current", "recompute")
+REMATS = ("none", "convs", "full")
+
+
+def resolve_remat(remat: str | Sequence[str], num_stages: int, policy: str) -> tuple[str, ...]:
+    """What the memos of every stage keep, one word a stage.
+
+    Args:
+        remat: of `REMATS`: one word for all stages or one a stage; a string may hold several, as "full,none".
+        num_stages: K.
+        policy: which weights answer.
+
+    Raises:
+        ValueError: a word is none of these, there are too few or too many, or the policy allows "none" alone.
+    """
+    given = remat.split(",") if isinstance(remat, str) else remat if isinstance(remat, Sequence) else [remat]
+    words = tuple(word.strip() if isinstance(word, str) else word for word in given)
+    for word in words:
+        check_name("remat", word, REMATS)
+    if len(words) not in (1, num_stages):
+        raise ValueError(f"remat must be one word, or one for each of {num_stages} stages; got {','.join(words)}")
+    if policy != "stash" and set(words) != {"none"}:
+        reason = {
+            "current": "keeps the activations of the forward, and with today's weights they would come out otherwise: "
+            "use policy 'stash', or 'recompute', which is just that",
+            "recompute": "keeps a stage's input alone as it is: leave remat at 'none', or use policy 'stash'",
+        }[policy]
+        raise ValueError(f"remat={','.join(words)} does not go with policy {policy!r}, which {reason}")
+    return words * num_stages if len(words) == 1 else words
+
+
+def kept(remat: str, function: Callable) -> Callable:
+    """The same function, whose vjp keeps its arguments and beside them: "none", whatever it reads; "full", nothing.
+
+    "convs" keeps outputs of convolutions and matrix products, and sums, which are small and cost a pass over what they
+    sum, like the mean of a normalisation; a backward then redoes elementwise operations only.
+    """
+    if remat == "none":
+        return function
+    return jax.checkpoint(function, policy=_is_costly if remat == "convs" else None)
+
+
+def _is_costly(primitive: jax.extend.core.Primitive, *_: Any, **params: Any) -> bool:
+    return primitive.name in ("conv_general_dilated", "dot_general", "reduce_sum")
 
 
 class Source(NamedTuple):
@@ -114,6 +162,8 @@ class Trace:
         todays_weights: bool = False,
         differentiate_inputs: bool = True,
     ):
+        # Shapes from here on: an array that stayed here would keep the weights of the beginning for ever.
+        params, inputs, state, *extras = jax.eval_shape(lambda *args: args, params, inputs, state, *extras)
         self._num_params = len(jax.tree.leaves(params))
         self._num_inputs = len(jax.tree.leaves(inputs))
         light: LightVJP

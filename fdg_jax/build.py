@@ -57,6 +57,7 @@ def build(
             num_stages=settings.num_stages,
             cuts=cuts or make_cuts(settings, layers, source, console),
             engine=settings.engine,
+            remat=settings.remat,
             skip_nonfinite=settings.on_nan == "skip",
         )
     except (ValueError, TypeError) as error:

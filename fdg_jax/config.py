@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from fdg_jax import methods, models
+from fdg_jax.backward import resolve_remat
 from fdg_jax.models import MODELS
 from fdg_jax.names import check_name
 from fdg_jax.partition import SPLITS
@@ -104,7 +105,8 @@ class Settings:
     seed: int = 0
     num_stages: int = 2
     cuts: str | tuple[int, ...] = "layers"  # the first layer of each stage but the first, or one of CUTS
-    engine: str = "mpmd"
+    engine: str = "auto"  # "mpmd", "fused", or fused where there is one accelerator and mpmd elsewhere
+    remat: str = "none"  # what memos keep: "none", "convs" or "full" (see Pipeline), or one a stage, as "full,none"
     epochs: int = 300
     batch_size: int = 128
     dtype: str = "float32"  # of the computation; parameters and updates are float32
@@ -252,7 +254,7 @@ def _parse_cuts(cuts: Any) -> str | tuple[int, ...]:
 
 def _check(settings: Settings) -> None:
     for kind, name, valid in (
-        ("engine", settings.engine, ENGINES),
+        ("engine", settings.engine, {*ENGINES, "auto"}),
         ("dtype", settings.dtype, DTYPES),
         ("model", settings.model.name, MODELS),
         ("data source", settings.data.source, SOURCES),
@@ -270,6 +272,8 @@ def _check(settings: Settings) -> None:
             f"add --config.num_stages={stages}"
         )
     methods.fdg(settings.method.beta, settings.method.policy, settings.method.order)  # refuses what it cannot be
+    policy = settings.method.policy if settings.method.name == "fdg" else "stash"
+    resolve_remat(settings.remat, settings.num_stages, policy)
     optim = settings.optim
     for name, value, low in (
         ("num_stages", settings.num_stages, 1),

@@ -7,39 +7,115 @@ from typing import Any
 
 import jax
 
-from fdg_jax.engine.base import StageState
+from fdg_jax.engine.base import Plan, StageState
 from fdg_jax.engine.worker import Worker
 from fdg_jax.methods import Method
-from fdg_jax.schedule import Schedule, delay, show, staleness
+from fdg_jax.schedule import BACKWARD, FORWARD, UPDATE, Schedule, Visit, delay, row, show, staleness
 from fdg_jax.stage import Layer
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes that a stage holds between two ticks of the steady state."""
+    """Bytes of the arrays alive on a stage's device in the steady state.
+
+    `total` is what the stage holds after one tick and before the next. During a visit there is more, at most `peak`:
+    what arrives and what is made, until what it replaces is let go. XLA's scratch inside a program (gradients,
+    activations on their way) is no array and in neither; `benchmarks.memory` reads it off the compiled programs.
+    """
 
     weights: int
     optimizer: int
     old_weights: int  # kept for memos under stash, today's not counted
     memos: int  # activations of all memos in flight
     num_memos: int
+    messages: int  # sent in the last tick, but for activations that a memo holds too
+    visit: int  # what a visit adds
 
     @property
     def total(self) -> int:
-        return self.weights + self.optimizer + self.old_weights + self.memos
+        return self.weights + self.optimizer + self.old_weights + self.memos + self.messages
+
+    @property
+    def peak(self) -> int:
+        return self.total + self.visit
 
 
-def forecast(schedule: Schedule, k: int, own: StageState, worker: Worker | None) -> Forecast:
-    """The forecast of stage k; a stage that answers in the visit of the forward keeps no memo and needs no worker."""
-    memos = delay(schedule)[k]
-    num_memos = -(-memos // schedule.period)
-    weights, optimizer = num_bytes((own.params, own.state)), num_bytes(own.opt_state)
-    if worker is None or num_memos == 0:
-        return Forecast(weights, optimizer, 0, 0, 0)
-    held = list(zip(worker.trace.held, worker.trace.held_shapes, strict=True))
-    old = num_bytes([shape for source, shape in held if source.tree == "params"])
-    kept = num_bytes([shape for source, shape in held if source.tree != "params"]) + num_bytes(worker.trace.saved)
-    return Forecast(weights, optimizer, old * staleness(schedule)[k], kept * num_memos, num_memos)
+def forecast(plan: Plan, k: int, own: StageState, worker: Worker | None) -> Forecast:
+    """The forecast of stage k; one that answers in the visit of the forward keeps no memo and needs no worker."""
+    ticks = _steady(plan.schedule, k)
+    num_memos = max(memos for _, memos in ticks)
+    sizes = _sizes(plan, k, worker if num_memos else None)
+    weights, state, optimizer = (num_bytes(tree) for tree in (own.params, own.state, own.opt_state))
+    # What may live on in a memo is replaced and not overwritten, and for a moment there are two.
+    replaced = {FORWARD: state, UPDATE: weights if worker and not worker.todays_weights else 0}
+    most = max(sizes.held(visit, memos) for visit, memos in ticks)
+    peak = max(
+        sizes.held(*before) + sizes.added(visit) + sum(replaced.get(kind, 0) for kind, _ in visit)
+        for before, (visit, _) in pairwise(ticks)
+    )
+    return Forecast(
+        weights + state,
+        optimizer,
+        old_weights=sizes.old_weights * staleness(plan.schedule)[k],
+        memos=num_memos * sizes.memo,
+        num_memos=num_memos,
+        messages=most - num_memos * sizes.memo,
+        visit=max(0, peak - most),
+    )
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of what one batch brings to a stage and takes from it."""
+
+    inputs: int
+    outputs: int  # and their cotangents
+    sent_back: int  # cotangents of the inputs
+    saved: int  # for a memo, by the forward
+    memo: int  # with the inputs and outputs that it refers to, weights aside
+    shared: int  # outputs that it refers to
+    old_weights: int  # that it refers to
+
+    def held(self, visit: Visit, memos: int) -> int:
+        """After a visit: memos, and what it sends."""
+        kinds = [kind for kind, _ in visit]
+        sent = kinds.count(FORWARD) * (self.outputs - self.shared) + kinds.count(BACKWARD) * self.sent_back
+        return memos * self.memo + sent
+
+    def added(self, visit: Visit) -> int:
+        """During a visit: what arrives and what is made; a memo made takes the place of the one answered, if any is."""
+        kinds = [kind for kind, _ in visit]
+        forward, backward = kinds.count(FORWARD), kinds.count(BACKWARD)
+        messages = forward * (self.inputs + self.outputs) + backward * (self.outputs + self.sent_back)
+        return messages + max(0, forward - backward) * self.saved
+
+
+def _sizes(plan: Plan, k: int, worker: Worker | None) -> _Sizes:
+    """Of stage k, without memos where there is no worker."""
+    held = list(zip(worker.trace.held, worker.trace.held_shapes, strict=True)) if worker else []
+    of = {tree: num_bytes([shape for source, shape in held if source.tree == tree]) for tree in ("params", "outputs")}
+    saved = num_bytes(worker.trace.saved) if worker else 0
+    inputs = num_bytes(plan.shapes[k])
+    return _Sizes(
+        inputs,
+        outputs=num_bytes(plan.shapes[k + 1]) if k < plan.last else 0,
+        sent_back=inputs if k > 0 else 0,
+        saved=saved,
+        memo=saved + num_bytes([shape for _, shape in held]) - of["params"],
+        shared=of["outputs"],
+        old_weights=of["params"],
+    )
+
+
+def _steady(schedule: Schedule, k: int) -> list[tuple[Visit, int]]:
+    """Stage k's visits in a period of the steady state and in the tick before, and the memos in flight after each."""
+    ticks, memos = [], 0
+    for tick in range(2 * schedule.span + schedule.period):
+        visit = row(schedule, tick)[k]
+        kinds = [kind for kind, _ in visit]
+        memos += kinds.count(FORWARD) - kinds.count(BACKWARD)
+        ticks.append((visit, memos))
+    return ticks[-schedule.period - 1 :]
 
 
 def num_bytes(tree: Any) -> int:
@@ -87,14 +163,15 @@ def overview(
     if len(set(devices)) < len(devices):
         parts.append(f"{len(devices)} stages share {len(set(devices))} device(s)")
     if forecasts:
-        memory: list[tuple[str, ...]] = [("stage", "weights", "optimizer", "old weights", "memos", "total MiB")]
+        heads = ("stage", "weights", "optimizer", "old weights", "memos", "messages", "total MiB", "peak MiB")
+        memory: list[tuple[str, ...]] = [heads]
         for k, f in enumerate(forecasts):
             memory.append(
                 (
                     str(k),
                     *(_mib(size) for size in (f.weights, f.optimizer, f.old_weights)),
                     f"{f.num_memos} x {_mib(f.memos // max(1, f.num_memos))}",
-                    _mib(f.total),
+                    *(_mib(size) for size in (f.messages, f.total, f.peak)),
                 )
             )
         parts.append(_columns(memory))

@@ -13,6 +13,7 @@ import optax
 from fdg_jax import agreement
 from fdg_jax import schedule as schedules
 from fdg_jax import snapshot as snapshots
+from fdg_jax.backward import resolve_remat
 from fdg_jax.checks import (
     array_shapes,
     batch_shapes,
@@ -22,7 +23,9 @@ from fdg_jax.checks import (
     using,
     without_batch,
 )
+from fdg_jax.data.source import Feed
 from fdg_jax.engine.base import NO_FAULT, Engine, Fault, FirstFault, Loss, Metrics, Plan, PyTree, State
+from fdg_jax.engine.fused import Fused
 from fdg_jax.engine.mpmd import Mpmd
 from fdg_jax.methods import Method
 from fdg_jax.names import check_name
@@ -34,7 +37,14 @@ from fdg_jax.stacking import optimizer_allows
 from fdg_jax.stage import Stage, as_layers, describe, group_layers, init_layers
 
 log = logging.getLogger(__name__)
-ENGINES = {"mpmd": Mpmd}
+ENGINES = {"mpmd": Mpmd, "fused": Fused}
+
+
+def choose_engine(engine: str, devices: Sequence[jax.Device]) -> str:
+    """The engine that "auto" stands for: "fused" where there is one accelerator and nothing else."""
+    if engine != "auto":
+        return engine
+    return "fused" if len(set(devices)) == 1 and devices[0].platform != "cpu" else "mpmd"
 
 
 class Pipeline:
@@ -50,9 +60,13 @@ class Pipeline:
         num_stages: K. May be left out where `cuts` are numbers.
         cuts: the number of the first layer of every stage but the first; or "layers", as many layers for every stage as
             for any other; or "parameters", the largest stage as small as can be.
-        engine: "mpmd", one program a stage and device.
+        engine: "mpmd", a program a stage, on as many devices; "fused", one program for all of them on the first device;
+            "auto", the latter where there is one accelerator and no more.
         devices: `jax.devices()` by default; with fewer than K, stages share them in order.
         stack: whether runs of equal layers are stacked and scanned, where that is exact and costs no time.
+        remat: what a memo keeps of a forward, and the backward need not compute again: "none", all that it reads;
+            "convs", outputs of convolutions and matrix products; "full", every layer's input. One word for all stages
+            or one a stage, as "full,none". Values stay the same; for policy "stash" alone.
         skip_nonfinite: whether a batch whose loss is not finite moves no weights. Its answer carries NaN to every
             stage, and each keeps its parameters and its optimizer state, number of updates included, as they were.
             Where the loss is finite and a gradient overflows in stage k, stages k, k-1, .., 0 keep theirs; the later
@@ -72,21 +86,25 @@ class Pipeline:
         method: Method,
         num_stages: int | None = None,
         cuts: Sequence[int] | str = "layers",
-        engine: str = "mpmd",
+        engine: str = "auto",
         devices: Sequence[jax.Device] | None = None,
         stack: bool = True,
+        remat: str | Sequence[str] = "none",
         skip_nonfinite: bool = False,
     ):
-        check_name("engine", engine, ENGINES)
+        check_name("engine", engine, {*ENGINES, "auto"})
         check_ingredients(layers, loss, optimizer, method, devices)
         self.layers = as_layers(layers)
         self.cuts = resolve_cuts(cuts, num_stages, [layer.num_params for layer in self.layers])
         self.num_stages = len(self.cuts) + 1
         self.schedule = method.schedule(self.num_stages)
         schedules.validate(self.schedule)
+        self.remat = resolve_remat(remat, self.num_stages, method.policy)
         self.loss, self.optimizer, self.method = loss, optimizer, method
-        self.devices = assign_devices(tuple(jax.devices() if devices is None else devices), self.num_stages)
-        self._engine_type, self._stack, self._skip_nonfinite = ENGINES[engine], stack, skip_nonfinite
+        devices = tuple(jax.devices() if devices is None else devices)
+        self.engine = choose_engine(engine, devices)
+        self.devices = assign_devices(devices[:1] if self.engine == "fused" else devices, self.num_stages)
+        self._engine_type, self._stack, self._skip_nonfinite = ENGINES[self.engine], stack, skip_nonfinite
         self._bounds = (0, *self.cuts, len(self.layers))
         # Known after `init`, and the targets after the first batch: what is compiled depends on it.
         self._engine: Engine | None = None
@@ -133,7 +151,7 @@ class Pipeline:
         engine = self._engine_type(plan, self.devices)
         state = engine.init(start_params, start_state, key_run, first_batch)
         self._engine, self._inputs, self._targets = engine, shapes[0], None
-        self._forecasts = [forecast(self.schedule, k, own, engine.workers.get(k)) for k, own in enumerate(state.stages)]
+        self._forecasts = [forecast(plan, k, own, engine.workers.get(k)) for k, own in enumerate(state.stages)]
         return state
 
     def _fitting(self, name: str, given: Sequence[PyTree], own: Sequence[PyTree]) -> list[PyTree]:
@@ -150,7 +168,8 @@ class Pipeline:
     def _stages(self, params: list[PyTree], state: list[PyTree], shapes: list[PyTree]) -> tuple[Stage, ...]:
         def make(groups):
             return tuple(
-                Stage(self.layers[i:j], i, g) for (i, j), g in zip(pairwise(self._bounds), groups, strict=True)
+                Stage(self.layers[i:j], i, group, remat)
+                for (i, j), group, remat in zip(pairwise(self._bounds), groups, self.remat, strict=True)
             )
 
         single = make([(1,) * (j - i) for i, j in pairwise(self._bounds)])
@@ -189,6 +208,37 @@ class Pipeline:
         _, targets = batch_shapes(batch, self._inputs, self._targets)
         with using(state, self.num_stages):
             result = engine.step(state, *batch)
+        self._targets = targets
+        return result
+
+    def run(self, state: State, feed: Feed, num_batches: int) -> tuple[State, Metrics | None]:
+        """As so many calls of `step`, with batches state.fed, state.fed + 1, .. of the feed. Does not wait.
+
+        The fused engine runs them in a loop on the device, where each batch is made as well. It does so once the
+        pipeline is full; on a CPU device only where all convolutions are those of `fdg_jax.layers`, since XLA:CPU runs
+        the gradients of others up to 80 times slower in a loop.
+
+        Args:
+            state: no longer usable afterwards.
+            feed: of `ArraySource.feed`, or `Feed(data, at)`; every batch of the first one's shape.
+            num_batches: 0 or more.
+
+        Returns:
+            The new state, and the metrics of the batches that left the last stage, (n,) arrays in their order; None
+            where none has.
+
+        Raises:
+            ValueError: the batches do not fit, or the loss is not a scalar.
+        """
+        engine = self._started()
+        if not isinstance(feed, Feed):
+            raise TypeError(f"feed must be a `Feed`, as source.feed(seed, batch_size) gives it; got {feed!r:.60}")
+        shapes = jax.eval_shape(feed.at, feed.data, jax.ShapeDtypeStruct((), np.uint32))
+        _, targets = batch_shapes(shapes, self._inputs, self._targets)
+        if num_batches < 0:
+            raise ValueError(f"num_batches must be 0 or more; got {num_batches}")
+        with using(state, self.num_stages):
+            result = engine.run(state, feed, num_batches)
         self._targets = targets
         return result
 
@@ -277,6 +327,7 @@ class Pipeline:
             "method": str(self.method),
             "schedule": {"name": self.schedule.name, "period": self.schedule.period, "stages": stages},
             "groups": [list(stage.groups) for stage in self._started().plan.stages],
+            "remat": list(self.remat),
         }
         return {"pipeline": pipeline, "versions": agreement.versions()}
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fdg_jax.backward import kept
 from fdg_jax.stacking import fast_in_loops, scan_blocks, stack, unstack
 
 PyTree = Any
@@ -233,11 +234,14 @@ class Stage:
         start: number of the first layer in the network.
         groups: how many layers each entry of the stage's `params` and `state` stands for; their sum is len(layers).
             Trees of a group of several have a leading axis of that length.
+        remat: what a memo keeps beside the stage's input: "none", all that the backward reads; "convs", outputs of
+            convolutions and matrix products; "full", the input of every layer. The rest the backward computes again.
     """
 
     layers: tuple[Layer, ...]
     start: int
     groups: tuple[int, ...]
+    remat: str = "none"
 
     @property
     def runs(self) -> list[int]:
@@ -261,14 +265,21 @@ class Stage:
 
     def apply(self, params: list, state: list, inputs: PyTree, key: jax.Array, train: bool) -> tuple[PyTree, list]:
         """(outputs, new state). Layer l draws its randomness from fold_in(key, l), wherever the cuts are."""
+        remat = self.remat if train else "none"
+        whole = remat if remat == "convs" else "none"  # which needs no input of a layer but the first
+        return kept(whole, partial(self._apply, remat, train))(params, state, inputs, key)
+
+    def _apply(
+        self, remat: str, train: bool, params: list, state: list, inputs: PyTree, key: jax.Array
+    ) -> tuple[PyTree, list]:
         number, new_state = self.start, []
         for size, p, s in zip(self.groups, params, state, strict=True):
-            layer = self.layers[number - self.start]
+            block = kept(remat, partial(_block, self.layers[number - self.start], train))
             if size == 1:
-                inputs, s = layer.apply(p, s, inputs, jax.random.fold_in(key, number), train)
+                inputs, s = block(p, s, inputs, key, number)
             else:
                 numbers = jnp.arange(number, number + size, dtype=jnp.uint32)
-                inputs, s = scan_blocks(partial(_block, layer, train), p, s, inputs, key, numbers)
+                inputs, s = scan_blocks(block, p, s, inputs, key, numbers)
             number += size
             new_state.append(s)
         return inputs, new_state

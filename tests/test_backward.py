@@ -6,7 +6,7 @@ from flax import nnx
 from helpers import assert_trees_close
 
 from fdg_jax import layers
-from fdg_jax.backward import Trace, lighten
+from fdg_jax.backward import Trace, kept, lighten, resolve_remat
 
 
 def dense(params, x, state):
@@ -155,6 +155,36 @@ IMAGES = jnp.ones((2, 4, 4, 3))
 )
 def test_weights_hidden_in_copies_are_found(module, x, expected):
     assert hidden(module, x) == expected
+
+
+@pytest.mark.parametrize(("remat", "expected"), [("convs", [(2, 4, 4, 4), (4,), (4,)]), ("full", [])])
+def test_what_is_kept_of_foreign_layers(remat, expected):
+    """Of Flax's: the convolution's output and the two sums of the normalisation; the last product nobody reads."""
+
+    class Foreign(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+            self.norm = nnx.BatchNorm(4, rngs=rngs)
+            self.last = nnx.Linear(4, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.last(nnx.gelu(self.norm(self.conv(x))))
+
+    apply, params, state = split(Foreign(nnx.Rngs(0)))
+    assert sorted(leaf.shape for leaf in Trace(kept(remat, apply), params, IMAGES, state).saved) == expected
+
+
+def test_a_trace_keeps_no_array():
+    """It lives as long as the engine: what it kept would be weights of the beginning."""
+    made = trace()
+    assert {source.tree for source in made.held} == {"params", "inputs"}
+    assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(vars(made)))
+
+
+def test_remat_is_a_word_for_all_stages_or_one_for_each():
+    assert resolve_remat("convs", 3, "stash") == ("convs",) * 3
+    assert resolve_remat("full, none", 2, "stash") == resolve_remat(["full", "none"], 2, "stash") == ("full", "none")
+    assert resolve_remat("none", 2, "current") == ("none", "none")
 
 
 def test_weights_hidden_in_an_output_are_found():

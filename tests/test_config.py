@@ -97,6 +97,9 @@ def test_a_whole_number_is_a_float_too():
         ({"optim__name": "adam"}, "adam takes no weight decay: use config.optim.name=adamw"),
         ({"data__path": "/somewhere"}, "config.data.path is for sources on disk, digits come with the package"),
         ({"method": "fdg"}, "config.method must hold keys; got 'fdg'"),
+        ({"remat": "cnovs"}, "unknown remat 'cnovs'; did you mean 'convs'"),
+        ({"remat": "full,none,none"}, "remat must be one word, or one for each of 2 stages; got full,none,none"),
+        ({"remat": "full", "method__policy": "current"}, "remat=full does not go with policy 'current'"),
     ],
 )
 def test_wrong_values_are_refused_in_one_line(overrides, message):

@@ -418,6 +418,18 @@ def expect_line(error, message):
         ),
         ({"method": "fdg"}, r"method must come from fdg_jax.methods, such as methods.fdg\(beta=0.5\); got 'fdg'"),
         ({"num_stages": "2"}, "num_stages must be a whole number; got '2'"),
+        ({"remat": 3}, r"unknown remat 3; it must be one of \(convs, full, none\)"),
+        ({"remat": ("full", "none")}, "remat must be one word, or one for each of 3 stages; got full,none"),
+        ({"remat": "none,,none"}, "unknown remat ''"),
+        (
+            {"remat": "none,full,none", "method": methods.fdg(policy="current")},
+            "does not go with policy 'current', which keeps the activations of the forward.* use policy 'stash', or "
+            "'recompute', which is just that",
+        ),
+        (
+            {"remat": "convs", "method": methods.fdg(policy="recompute")},
+            "remat=convs does not go with policy 'recompute', which keeps a stage's input alone as it is: leave remat",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused(kwargs, message):

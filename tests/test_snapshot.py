@@ -445,6 +445,7 @@ def plain(*sizes):
             {"layers": tiny_mlp(5), "num_stages": 2, "stack": False},
             "groups.0 is [1, 2] in the checkpoint, [1, 1, 1] here",
         ),
+        ({}, {"remat": "none,full,none"}, "remat.1 is none in the checkpoint, full here"),
         (
             {"optimizer": optim.sgd(0.1, 0.9)},
             {"optimizer": optim.sgd(0.1, 0.0)},
@@ -460,6 +461,15 @@ def plain(*sizes):
 def test_what_differs_is_named_with_what_was_saved_and_what_is_asked(saved, here, message):
     assert refusal(snapshot_of(**saved), **here) == message
     assert "\n" not in message
+
+
+def test_a_snapshot_of_before_remat_was_recorded_had_none():
+    snapshot = snapshot_of()
+    del snapshot.record["pipeline"]["remat"]
+    assert refusal(snapshot, remat="convs") == "remat.0 is none in the checkpoint, convs here"
+    inputs, targets = tiny_batches(1)[0]
+    pipe = make_pipeline()
+    pipe.restore(pipe.init(KEY, inputs), snapshot, targets)
 
 
 def test_an_optimizer_that_counts_differently_is_refused_before_the_first_batch_too():

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from fdg_jax.backward import Memo
+from fdg_jax.data.source import Feed
 from fdg_jax.methods import Method
 from fdg_jax.schedule import Schedule
 from fdg_jax.stage import Stage
@@ -112,6 +113,9 @@ class Engine(Protocol):
 
     def step(self, state: State, inputs: PyTree, targets: PyTree) -> tuple[State, Metrics | None]:
         """Feeds a batch and runs one period of the schedule; metrics of the batch that left the last stage, if any."""
+
+    def run(self, state: State, feed: Feed, num_batches: int) -> tuple[State, Metrics | None]:
+        """So many steps, with the batches of the feed; metrics of those that left the last stage, stacked."""
 
     def drain(self, state: State) -> tuple[State, list[Metrics]]:
         """Answers everything in flight; metrics of the batches that left the last stage, in order."""
