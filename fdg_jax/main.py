@@ -22,6 +22,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
+from fdg_jax.allocator import keep_memory
 from fdg_jax.config import CONFIG_KEYS, ConfigError, Settings, resolve
 from fdg_jax.console import describe_metrics
 from fdg_jax.names import check_name
@@ -50,6 +51,7 @@ STOPPED_AT_ONCE = "stopped at once; what was written before is kept"
 def main(argv: Sequence[str]) -> int:
     """Runs the experiment that the flags name; returns the exit status."""
     console = Console()
+    keep_memory()  # before there are threads
     with _ending_at_once(console):
         return _main(argv, console)
 
@@ -61,7 +63,7 @@ def _main(argv: Sequence[str], console: Console) -> int:
         if len(argv) > 1:
             raise ConfigError(f"unexpected argument {argv[1]!r}; flags begin with --config. or --workdir")
         settings = resolve(_given_config())
-        make_devices(settings.num_stages)
+        make_devices(1 if settings.engine == "fused" else settings.num_stages)
         if _WORKDIR.value == "":
             raise ConfigError("--workdir is empty; name a folder, or leave it out for one under runs/")
         base = Path("runs") / _experiment_name()
@@ -118,15 +120,15 @@ def _ending_at_once(console: Console) -> Iterator[None]:
         os.close(tells)
 
 
-def make_devices(num_stages: int) -> None:
-    """Lets the CPU appear as one device a stage, where nobody has said how many. Must come before JAX starts.
+def make_devices(num_devices: int) -> None:
+    """Lets the CPU appear as so many devices, where nobody has said how many. Must come before JAX starts.
 
     Accelerators are not touched: JAX prefers them where it finds them. Exactly as many, since idle CPU devices spin.
     A number far beyond any network is refused later, and must not exhaust the machine before.
     """
     said = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not said:
-        jax.config.update("jax_num_cpu_devices", min(num_stages, 1024))
+        jax.config.update("jax_num_cpu_devices", min(num_devices, 1024))
 
 
 def _given_config():

@@ -1,14 +1,23 @@
 """The benchmarks run, and what they report hangs together; how fast or how large anything is, is not asserted."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from flax import nnx
+from helpers import assert_trees_close
+from rich.console import Console
 
-from benchmarks import overnight, saving
+from benchmarks import dispatch, gpu, memory, overnight, plain, saving, speed
+from benchmarks.interleaved import Side, ratio, rounds
+from fdg_jax import Pipeline, methods, softmax_cross_entropy
+from fdg_jax.layers import Conv
+from fdg_jax.stage import as_layers
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,6 +86,161 @@ def test_saves_are_measured(tmp_path, capsys):
     assert result["mib"] > 1
     assert result["settings"]["batch_size"] == 64
     assert "median ratio" in capsys.readouterr().out
+
+
+def test_memory_is_measured(tmp_path, capsys):
+    size = "--depth 8 --width 2 --side 8 --batch_size 4 --stages 2 --steps 1 --rounds 2"
+    cases = ["--cases", "stash, full", "recompute"]
+    assert memory.main([*size.split(), *cases, "--out", str(tmp_path / "out.json")]) == 0
+    results = json.loads((tmp_path / "out.json").read_text())["cases"]
+    assert [results[name]["activations_a_block"] for name in ("stash, full", "recompute")] == [1, 0]
+    for result in results.values():
+        assert len(result["stages"]) == 2
+        assert all(stage["peak"] > stage["held"] > 0 < stage["scratch"] for stage in result["stages"])
+        assert result["seconds"] > 0
+    assert "forecasts are" in capsys.readouterr().out
+    assert memory.main(["--stages", "99"]) == 1
+
+
+def test_the_hosts_ticks_are_measured(tmp_path, capsys):
+    arguments = ["--depths", "8", "--num_stages", "3", "--ticks", "4", "--out", str(tmp_path / "out.json")]
+    assert dispatch.main(arguments) == 0
+    result = json.loads((tmp_path / "out.json").read_text())["resnet8"]
+    assert [call[0] for call in result["calls"]] == [*(f"call of stage {k}" for k in range(3)), "device_put"]
+    assert result["calls"][-1][1:] == [6, 6]  # inputs, targets, two activations, two error gradients
+    assert set(result["parts_ms"]) == {*(call[0] for call in result["calls"]), "rest", "release"}
+    assert 0 < result["least_ms"] <= result["tenth_ms"] <= result["median_ms"]
+    assert result["ticks"] >= 4
+    assert "ms a tick" in capsys.readouterr().out
+
+
+TINY = {"network": "resnet8", "batch_size": 4, "images": 16, "pixels": 8, "batches": 2, "dtype": "float32"}
+
+
+def test_the_steps_written_by_hand_are_those_of_the_pipeline():
+    feed = plain.random_source(16, 8).feed(0, 4)
+    for network in ("resnet8", "wrn10_1"):
+        own, flax = (plain.build(network, side=8) for _ in range(2))
+        pipe = Pipeline(own, loss=softmax_cross_entropy, optimizer=plain.optimizer(), method=methods.bp(), num_stages=1)
+        state = pipe.init(jax.random.key(0), jax.ShapeDtypeStruct((4, 8, 8, 3), np.float32))
+        _, metrics = pipe.run(state, feed, 6)
+        for layers in (own, list(map(plain.of_flax, flax))):
+            losses = np.array(plain.Plain(layers, feed).run(6))
+            assert_trees_close(losses, np.array(metrics["loss"]), 1e-5)
+
+
+def test_flax_layers_are_flaxs():
+    network = plain.Network(list(map(plain.of_flax, plain.build("wrn10_1", side=8))))
+    convolutions = [type(module) for _, module in nnx.iter_modules(network) if isinstance(module, nnx.Conv | Conv)]
+    assert convolutions == [nnx.Conv] * 9
+
+
+class Recorded(Side):
+    """A side that has answered already: seconds a batch of every turn."""
+
+    def __init__(self, name, seconds, **about):
+        self.name, self.about = name, {"cuts": [1], **about}
+        self.turns = [{"seconds": s, "cores": 1.0, "faults": 0.0, "rss_mib": 1.0} for s in seconds]
+        self.idle_s, self.idle_cpu_s = 1.0, 0.0
+
+
+def test_ratios_are_of_medians_and_name_their_targets(capsys):
+    sides = [Recorded(speed.FDG, [1, 2, 9]), Recorded("BP on one core", [4, 5, 5]), Recorded("fused BP", [4, 4, 4])]
+    assert ratio(sides[0], sides[1]) == {"ratio": 2 / 5, "least": 1 / 4, "greatest": 9 / 5}
+    found = speed.lines(sides)
+    assert [(line["target"], line["at_most"]) for line in found] == [(1, 0.5), (None, None)]
+    for line in found:
+        speed.show_line(Console(), line)
+    speed.show_line(Console(), {**found[0], "ratio": 0.51})
+    met, beside, missed = capsys.readouterr().out.splitlines()
+    assert met.endswith("0.400 (0.250 to 1.800); wanted at most 0.50: yes")
+    assert beside.endswith("0.500 (0.250 to 2.250)")
+    assert missed.endswith("NO")
+
+
+def test_sides_take_turns_there_and_back():
+    order = []
+    sides = [Recorded(name, []) for name in "abc"]
+    for side in sides:
+        side.take_turn = lambda num_batches, name=side.name: order.append((name, num_batches))
+    rounds(sides, 5, 3)
+    assert order == [(name, 5) for name in "abccbaabc"]
+
+
+def test_every_line_is_of_sides_that_exist():
+    for line in speed.LINES:
+        assert any({line.above, line.below} <= set(group) for group in speed.GROUPS), line
+    assert {name for group in speed.GROUPS for name in group} == set(speed.CASES)
+    assert set(speed.BOTH_WAYS) <= set(speed.CASES)
+    assert {name for line in gpu.LINES for name in line[1:3]} <= {*gpu.OURS, *gpu.TORCHS}
+    assert set(gpu.WORK) == {*gpu.OURS, *gpu.TORCHS, "check", "breakdown"}
+
+
+def test_speed_is_measured(compiled_before, tmp_path, capsys):
+    sizes = "--networks resnet8 --batch_size 4 --images 16 --side 8 --batches 2 --rounds 2 --no_dispatch"
+    which = ["--sides", "by hand", "fused BP", "--memory", speed.GIVEN_BACK]
+    assert speed.main([*sizes.split(), *which, "--out", str(tmp_path / "out.json")]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())["resnet8"]
+    (result,) = result[speed.GIVEN_BACK]
+    assert [(line["target"], line["above"], line["below"]) for line in result["lines"]] == [(3, "fused BP", "by hand")]
+    for side in result["sides"].values():
+        assert len(side["seconds"]) == 2
+        assert side["kept"] is False
+    assert "3. fused BP / by hand: " in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes have no affinity here")
+def test_one_core_is_one_core():
+    code = (
+        "import os; from benchmarks.speed import hold_to_one_core as hold; hold(); print(len(os.sched_getaffinity(0)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout == b"1\n"
+
+
+def test_without_a_gpu_it_says_so(capsys):
+    assert gpu.main([]) == 0
+    assert "no GPU" in capsys.readouterr().out
+
+
+def test_shares_of_a_tick():
+    """Three stages of 2, 4 and 1 s of compute in a tick of 10 s, on devices of their own and on one."""
+    times = [2, 4, 1], [1, 0, 1], [0.1, 0.1, 0.1]
+    alone = gpu.shares(10, *times, ["a", "b", "c"])
+    assert [part["imbalance"] for part in alone] == [20, 0, 30]
+    for part in alone:
+        assert part["compute"] + part["transfer"] + part["imbalance"] + part["idle"] == 100
+        assert part["dispatch"] == 1
+    shared = gpu.shares(10, *times, ["a", "a", "a"])
+    assert {part["idle"] for part in shared} == {100 - 10 * (2 + 4 + 1 + 1 + 1)}
+
+
+def test_the_cpu_agrees_with_itself():
+    off = gpu.check(TINY, num_batches=3)
+    assert off["float32"] == 0
+    assert 0 < off["bfloat16"] < 0.1
+
+
+def test_a_pipeline_is_taken_apart():
+    parts = gpu.breakdown(TINY, num_stages=3, repeats=2)
+    assert len(parts["stages"]) == len(parts["devices"]) == 3
+    for part in parts["stages"]:
+        assert set(part) == {"compute", "transfer", "dispatch", "imbalance", "idle"}
+        assert min(part["compute"], part["dispatch"], part["transfer"]) > 0
+    assert min(part["imbalance"] for part in parts["stages"]) == 0
+
+
+def test_the_gpu_benchmark_needs_little():
+    """What a machine with a GPU may not have is not imported."""
+    missing = ["ml_collections", "grain", "tensorflow_datasets", "tensorboardX", "PIL", "absl.app", "torch", "requests"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing})); import benchmarks.gpu"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_networks_in_pytorch_are_as_large():
+    torch_models = pytest.importorskip("benchmarks.torch_models", reason="torch is no dependency", exc_type=ImportError)
+    for network in plain.NETWORKS:
+        ours = sum(layer.num_params for layer in as_layers(plain.build(network)))
+        assert sum(parameter.numel() for parameter in torch_models.build(network).parameters()) == ours
 
 
 def test_the_package_knows_nothing_of_them():

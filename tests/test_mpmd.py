@@ -1,6 +1,8 @@
 """What the engine for K devices owes beyond the right numbers: placement, donation, few compilations, no waiting."""
 
 import gc
+from collections import defaultdict
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,10 @@ import pytest
 from flax import nnx
 from helpers import assert_trees_close, host, make_pipeline, run, tiny_batches, tiny_mlp
 
-from fdg_jax import methods
+from fdg_jax import methods, models, schedule
 from fdg_jax.engine import mpmd
-from fdg_jax.schedule import delay, staleness
+from fdg_jax.layers import BatchNorm
+from fdg_jax.schedule import Op, delay, staleness
 
 POLICIES = ["stash", "current", "recompute"]
 
@@ -81,6 +84,88 @@ def test_one_transfer_a_tick(monkeypatch):
     assert len(messages) == len(devices) == 2 + 3 + 3  # inputs and targets, activations down, error gradients up
 
 
+@pytest.mark.parametrize(("devices", "moved"), [((0, 0, 0, 0), 2), ((0, 0, 1, 1), 4), ((0, 1, 2, 3), 8)])
+def test_nothing_moves_between_stages_that_share_a_device(monkeypatch, devices, moved):
+    """The batch comes from anywhere; beside it one activation and one error gradient pass every change of device."""
+    pipe = make_pipeline(num_stages=4, devices=[jax.devices()[i] for i in devices])
+    state = fed(pipe, 8)
+    messages = []
+    original = jax.device_put
+    monkeypatch.setattr(jax, "device_put", lambda *args: messages.extend(args[0]) or original(*args))
+    state, _ = pipe.step(state, tiny_batches(1)[0])
+    assert len(messages) == moved
+    assert {key[:2] for key in state.outbox} == {
+        *(("inputs", k) for k in (1, 2, 3)),
+        *(("cotangents", k) for k in range(3)),
+    }
+
+
+def arrays_per_call(monkeypatch, depth, cuts):
+    """(in, out) of every call of a tick in the steady state: ResNet-`depth` in four stages, traced and not compiled."""
+    network = models.resnet_cifar(depth, width=1, in_shape=(4, 4, 3), rngs=nnx.Rngs(0))
+    pipe = make_pipeline(network, num_stages=4, cuts=cuts, devices=jax.devices()[:1])
+    batch = tiny_batches(1, (4, 4, 3))[0]
+    state = pipe.init(jax.random.key(0), batch[0])
+    calls = []
+
+    def shapes_of(run, **_):
+        def call(*args):
+            result = jax.eval_shape(run, *args)
+            calls.append((len(jax.tree.leaves(args)), len(jax.tree.leaves(result))))
+            return result
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "jit", shapes_of)
+        patch.setattr(jax, "device_put", lambda messages, devices: messages)
+        for _ in range(8):
+            calls.clear()
+            state, _ = pipe.step(state, batch)
+    return calls
+
+
+def test_what_a_tick_costs_the_host_does_not_grow_with_depth(monkeypatch):
+    """One call a stage, of as many arrays in ResNet-110 as in ResNet-56 where the cuts leave runs of equal blocks in
+    the same places; elsewhere an array more or less, for the input that a run's memo has beside the stage's."""
+    blocks = {56: 9, 110: 18}  # in each of the three groups
+    counts = [arrays_per_call(monkeypatch, depth, (1 + n, 1 + 2 * n, 1 + 3 * n)) for depth, n in blocks.items()]
+    assert len(counts[0]) == 4
+    assert counts[0] == counts[1]
+    even = [arrays_per_call(monkeypatch, depth, "layers") for depth in blocks]
+    assert np.abs(np.subtract(*even)).max() <= 1
+    assert np.sum(even) < 2 * 500
+
+
+SCHEDULES = [
+    *(schedule.fdg(k, order) for k in (1, 2, 3, 5) for order in schedule.ORDERS),
+    *(schedule.bp(k) for k in (1, 3)),
+    *(make(3, m) for make in (schedule.adl, schedule.gpipe, schedule.one_f_one_b) for m in (1, 2, 4)),
+]
+
+
+@pytest.mark.parametrize("schedule_", SCHEDULES, ids=lambda s: f"{s.name}-{s.num_stages}-{s.group}")
+def test_rows_are_those_of_the_schedule_and_are_read_once(monkeypatch, schedule_):
+    """Filling, in the steady state and draining, with whole groups and incomplete ones."""
+    monkeypatch.setattr(mpmd, "Program", lambda worker, k, pattern: SimpleNamespace(k=k, pattern=pattern))
+    plan = SimpleNamespace(schedule=schedule_, last=schedule_.num_stages - 1)
+    engine = mpmd.Mpmd(plan, jax.devices()[:1] * schedule_.num_stages)
+    engine.workers = defaultdict(lambda: None)
+
+    def read(tick, num_batches):
+        answered, calls = engine.row(tick, num_batches)
+        visits = {c.program.k: [Op(kind, answered + c.batches[n]) for kind, n in c.program.pattern] for c in calls}
+        return tuple(tuple(visits.get(k, ())) for k in range(schedule_.num_stages))
+
+    sizes = []
+    for fed in range(1, 40):
+        start = (fed - 1) // schedule_.group * schedule_.period
+        for tick in range(start, schedule.num_ticks(schedule_, fed) + 2):
+            assert read(tick, fed) == schedule.row(schedule_, tick, fed)
+        sizes.append(len(engine._rows))
+    assert sizes[19] == sizes[-1]
+
+
 def test_the_host_does_not_run_away(monkeypatch):
     """Every batch beyond RUN_AHEAD waits for the loss of the one so many before."""
     waited = []
@@ -140,6 +225,30 @@ def test_what_is_donated(policy):
         deleted = all(leaf.is_deleted() for leaf in jax.tree.leaves(own.params))
         assert deleted == (policy != "stash" or k == 2)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(own.opt_state))
+
+
+class Average(nnx.Module):
+    """Keeps a running mean; adds it to the input, or multiplies by it, so that the backward reads it."""
+
+    def __init__(self, multiplies: bool):
+        self.multiplies, self.mean = multiplies, nnx.BatchStat(jnp.ones((4, 5)))
+
+    def __call__(self, x):
+        mean = self.mean[...]
+        self.mean[...] = 0.9 * mean + 0.1 * jax.lax.stop_gradient(x)
+        return x * mean if self.multiplies else x + mean
+
+
+@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize("policy", ["stash", "current"])
+def test_module_state_is_overwritten_unless_memos_refer_to_it(policy, read):
+    layers = [*tiny_mlp(2)[:2], Average(read), BatchNorm(5, rngs=nnx.Rngs(0)), *tiny_mlp(2)[2:]]
+    pipe = make_pipeline(layers, cuts=(4,), method=methods.fdg(0.5, policy), stack=False)
+    state = fed(pipe, 6)
+    pipe.step(state, tiny_batches(1)[0])
+    own = state.stages[0]
+    assert len(jax.tree.leaves(own.state)) == 3
+    assert {leaf.is_deleted() for leaf in jax.tree.leaves(own.state)} == {not read}
 
 
 @pytest.mark.parametrize("policy", POLICIES)

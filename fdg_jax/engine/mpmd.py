@@ -3,21 +3,28 @@
 In a tick every message of the tick before moves in one `jax.device_put`, and every stage with something to do gets one
 jitted call. JAX queues both, and the devices work through their queues side by side. The one wait here bounds how far
 the host runs ahead.
+
+What a tick costs the host is the number of arrays that enter and leave its calls, and the Python around them
+(`python -m benchmarks.dispatch`). So what a row of the schedule asks for is found out once.
 """
 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fdg_jax import schedule as schedules
 from fdg_jax.backward import Memo
+from fdg_jax.data.source import Feed
 from fdg_jax.engine.base import COTANGENTS, INPUTS, NO_FAULT, TARGETS, Metrics, Plan, PyTree, StageState, State
-from fdg_jax.engine.worker import Arrival, Departure, Pattern, Worker, pattern
-from fdg_jax.schedule import BACKWARD, FORWARD, UPDATE, Op, Visit
+from fdg_jax.engine.worker import Arrival, Departure, Pattern, Worker, pattern, updates_first
+from fdg_jax.schedule import BACKWARD, FORWARD, Visit
 
 RUN_AHEAD = 8  # batches: an XLA:CPU device takes 32 computations before it blocks the host; a GPU's queue holds memory
 
@@ -34,6 +41,9 @@ class Mpmd:
         self.plan, self.devices = plan, tuple(devices)
         self.workers: dict[int, Worker] = {}
         self.programs: dict[tuple[int, Pattern], Program] = {}
+        self._rows: dict[tuple[int, int], list[Call]] = {}
+        together = [k for k, (one, other) in enumerate(pairwise(self.devices)) if one == other]
+        self.unmoved = {*((INPUTS, k + 1) for k in together), *((COTANGENTS, k) for k in together)}
         self._evaluations = [jax.jit(partial(self._evaluate, k)) for k in range(len(self.devices))]
         self._running: deque[jax.Array] = deque()
 
@@ -73,6 +83,13 @@ class Mpmd:
         own = own._replace(totals=jax.device_put(zeros, self.devices[last]))
         return replace(state, stages=(*state.stages[:-1], own))
 
+    def run(self, state: State, feed: Feed, num_batches: int) -> tuple[State, Metrics | None]:
+        left = []
+        for _ in range(num_batches):
+            state, metrics = self.step(state, *feed.batch(state.fed))
+            left += [metrics] if metrics else []
+        return state, jax.tree.map(lambda *values: jnp.stack(values), *left) if left else None
+
     def drain(self, state: State) -> tuple[State, list[Metrics]]:
         schedule, fed = self.plan.schedule, state.fed - state.origin
         walk = _Walk(self, state)
@@ -90,9 +107,22 @@ class Mpmd:
         outputs, _ = self.plan.stages[k].apply(params, state, inputs, jax.random.key(0), train=False)
         return outputs
 
-    def program(self, k: int, pattern: Pattern) -> "Program":
+    def row(self, tick: int, num_batches: int) -> tuple[int, list["Call"]]:
+        """A number of batches that are answered, and the calls of a tick, in which batches are counted from there.
+
+        Rows of the schedule that lie whole periods apart differ by that number alone: each is read once.
+        """
+        schedule = self.plan.schedule
+        past = max(0, (tick - schedule.span) // schedule.period + 1)  # groups that are through
+        key = tick - past * schedule.period, num_batches - past * schedule.group
+        if key not in self._rows:
+            visits = enumerate(schedules.row(schedule, *key))
+            self._rows[key] = [Call(self._program(k, pattern(visit)), _batches(visit)) for k, visit in visits if visit]
+        return past * schedule.group, self._rows[key]
+
+    def _program(self, k: int, pattern: Pattern) -> "Program":
         if (k, pattern) not in self.programs:
-            self.programs[k, pattern] = Program(self.workers[k], pattern)
+            self.programs[k, pattern] = Program(self.workers[k], k, pattern)
         return self.programs[k, pattern]
 
     def bound_run_ahead(self, loss: jax.Array) -> None:
@@ -103,38 +133,49 @@ class Mpmd:
 
 
 class Program:
-    """The compiled visit of one stage and pattern, and what the host must know to call it."""
+    """The compiled visit of stage k and a pattern, and what the host must know to call it."""
 
-    def __init__(self, worker: Worker, pattern: Pattern):
-        kinds = [kind for kind, _ in pattern]
-        self.updates_first = UPDATE in kinds[: kinds.index(FORWARD)] if FORWARD in kinds else False
-        changed = worker.changes(pattern)
-        # Old weights live on in memos under stash, old module state may: these are replaced, the rest is overwritten.
-        lasting = {"state"} if worker.todays_weights else {"state", "params"}
-        self.donated = tuple(field for field in changed if field not in lasting)
-        needed = ("params", "state", "key") if FORWARD in kinds else ("params",)
+    def __init__(self, worker: Worker, k: int, pattern: Pattern):
+        self.k, self.trace, self.updates_first = k, worker.trace, updates_first(pattern)
+        self.kinds = ["".join(kind for kind, m in pattern if m == n) for n in _batches(pattern)]  # e.g. ["BU", "F"]
+        self.changed = worker.changes(pattern)
+        # What memos refer to lives on in them, old weights under stash above all: it is replaced, the rest overwritten.
+        lasting = {source.tree for source in worker.trace.held}
+        self.donated = tuple(field for field in self.changed if field not in lasting)
+        needed = ("params", "state", "key") if any(FORWARD in kinds for kinds in self.kinds) else ("params",)
         self.read = tuple(field for field in needed if field not in self.donated)
 
-        def run(donated: dict, spent: list, read: dict, arrivals: list[Arrival]):
-            own = StageState._make(donated.get(field, read.get(field)) for field in StageState._fields)
+        def run(donated: list, spent: list, read: list, rest: list[tuple]):
+            fields = dict(zip((*self.donated, *self.read), (*donated, *read), strict=True))
             arrivals = [
-                arrival._replace(memo=Memo(saved, arrival.memo.held)) if arrival.memo else arrival
-                for saved, arrival in zip(spent, arrivals, strict=True)
+                Arrival(inputs, targets, cotangents, None if held is None else Memo(saved, held))
+                for saved, (inputs, targets, cotangents, held) in zip(spent, rest, strict=True)
             ]
-            own, departures = worker.visit(pattern, own, arrivals)
-            return {field: getattr(own, field) for field in changed}, departures
+            own, departures = worker.visit(pattern, StageState._make(map(fields.get, StageState._fields)), arrivals)
+            return [getattr(own, field) for field in self.changed], departures
 
         # Donating a memo's arrays pays where those of a new memo, of the same shapes, can take their place.
-        makes_memo = any(kind == FORWARD and (BACKWARD, n) not in pattern for kind, n in pattern)
+        makes_memo = any(FORWARD in kinds and BACKWARD not in kinds for kinds in self.kinds)
         self.compiled = jax.jit(run, donate_argnums=(0, 1) if makes_memo else (0,))
 
-    def __call__(self, own: StageState, arrivals: list[Arrival]) -> tuple[dict, list[Departure]]:
-        """The changed fields of the stage's state, and what leaves."""
-        donated = {field: getattr(own, field) for field in self.donated}
-        read = {field: getattr(own, field) for field in self.read}
-        spent = [arrival.memo.saved if arrival.memo else [] for arrival in arrivals]
-        kept = [a._replace(memo=Memo([], a.memo.held)) if a.memo else a for a in arrivals]
-        return self.compiled(donated, spent, read, kept)
+    def __call__(self, own: StageState, arrivals: list[Arrival]) -> tuple[StageState, list[Departure]]:
+        """The stage's new state, and what leaves."""
+        donated, read = [getattr(own, field) for field in self.donated], [getattr(own, field) for field in self.read]
+        spent = [memo.saved if memo else [] for *_, memo in arrivals]
+        rest = [(*messages, memo.held if memo else None) for *messages, memo in arrivals]
+        changed, departures = self.compiled(donated, spent, read, rest)
+        return own._replace(**dict(zip(self.changed, changed, strict=True))), departures
+
+
+class Call(NamedTuple):
+    """A visit of a tick."""
+
+    program: Program
+    batches: tuple[int, ...]
+
+
+def _batches(visit: Visit | Pattern) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(batch for _, batch in visit))
 
 
 def _own_copy(tree: PyTree) -> PyTree:
@@ -155,41 +196,39 @@ class _Walk:
         return State(fed, origin, tuple(self.stages), self.inbox, self.outbox, self.memos)
 
     def tick(self, tick: int, num_batches: int) -> None:
+        self._deliver()
+        answered, calls = self.engine.row(tick, num_batches)
+        for program, batches in calls:
+            self._visit(program, [self.origin + answered + batch for batch in batches])
+
+    def _deliver(self) -> None:
+        """The messages of the last tick reach their readers; between stages that share a device none moves."""
         sent, self.outbox = self.outbox, {}
-        if sent:
-            readers = [self.engine.devices[reader] for _, reader, _ in sent]
-            self.inbox.update(zip(sent, jax.device_put(list(sent.values()), readers), strict=True))
-        for k, visit in enumerate(schedules.row(self.engine.plan.schedule, tick, num_batches)):
-            if visit:
-                self._visit(k, visit)
+        if moving := [key for key in sent if key[:2] not in self.engine.unmoved]:
+            readers = [self.engine.devices[reader] for _, reader, _ in moving]
+            sent.update(zip(moving, jax.device_put([sent[key] for key in moving], readers), strict=True))
+        self.inbox.update(sent)
 
-    def _visit(self, k: int, visit: Visit) -> None:
-        batches = list(dict.fromkeys(op.batch for op in visit))
-        arrivals = [self._receive(k, batch, visit) for batch in batches]
-        own = self.stages[k]
-        program = self.engine.program(k, pattern(visit))
-        changed, departures = program(own, arrivals)
-        self.stages[k] = own._replace(**changed)
-        weights = self.stages[k].params if program.updates_first else own.params
-        for batch, arrival, departure in zip(batches, arrivals, departures, strict=True):
-            number = self.origin + batch
-            if departure.saved is not None:
-                trace = self.engine.workers[k].trace
-                self.memos[k, number] = trace.memo(
-                    departure.saved, weights, arrival.inputs, own.state, departure.outputs
-                )
-            if departure.outputs is not None:
-                self.outbox[INPUTS, k + 1, number] = departure.outputs
-            if departure.cotangents is not None and k > 0:
-                self.outbox[COTANGENTS, k - 1, number] = departure.cotangents
-            if departure.metrics is not None:
-                self.metrics.append(departure.metrics)
-                self.engine.bound_run_ahead(departure.metrics["loss"])
+    def _visit(self, program: Program, numbers: list[int]) -> None:
+        k, before = program.k, self.stages[program.k]
+        arrivals = [self._receive(k, number, kinds) for number, kinds in zip(numbers, program.kinds, strict=True)]
+        self.stages[k], departures = program(before, arrivals)
+        weights = self.stages[k].params if program.updates_first else before.params
+        for number, arrival, departure in zip(numbers, arrivals, departures, strict=True):
+            outputs, cotangents, saved, metrics = departure
+            if saved is not None:
+                self.memos[k, number] = program.trace.memo(saved, weights, arrival.inputs, before.state, outputs)
+            if outputs is not None:
+                self.outbox[INPUTS, k + 1, number] = outputs
+            if cotangents is not None and k > 0:
+                self.outbox[COTANGENTS, k - 1, number] = cotangents
+            if metrics is not None:
+                self.metrics.append(metrics)
+                self.engine.bound_run_ahead(metrics["loss"])
 
-    def _receive(self, k: int, batch: int, visit: Visit) -> Arrival:
-        """Takes from the inbox and the memos what the visit reads of a batch."""
-        forward, backward = Op(FORWARD, batch) in visit, Op(BACKWARD, batch) in visit
-        number = self.origin + batch
+    def _receive(self, k: int, number: int, kinds: str) -> Arrival:
+        """Takes from the inbox and the memos what the operations on a batch read."""
+        forward, backward = FORWARD in kinds, BACKWARD in kinds
         return Arrival(
             inputs=self.inbox.pop((INPUTS, k, number)) if forward else None,
             targets=self.inbox.pop((TARGETS, k, number)) if forward and k == self.last else None,

@@ -21,6 +21,12 @@ def pattern(visit: Visit) -> Pattern:
     return tuple((op.kind, seen.setdefault(op.batch, len(seen))) for op in visit)
 
 
+def updates_first(visit: Visit | Pattern) -> bool:
+    """Whether what a visit forwards meets the weights of its own update."""
+    kinds = [kind for kind, _ in visit]
+    return FORWARD in kinds and UPDATE in kinds[: kinds.index(FORWARD)]
+
+
 class Arrival(NamedTuple):
     """What a visit reads of one batch; None is what its pattern does not read."""
 
