@@ -11,6 +11,8 @@ process (see `interleaved`); they take turns, and a figure is a ratio of the med
 3. The fused engine, whose loop keeps its memory, against a step written by hand; FDG against BP on it.
 4. The engine of many devices with one stage, which is BP, against the same step.
 5. What the host spends on a tick: `benchmarks.dispatch`.
+6. What memos, and stages, hold under each policy and remat: `benchmarks.memory`.
+7. Ten thousand ticks leave memory as it was: `benchmarks.bounded`.
 
 FDG is cut where it is fastest: of the cut balanced by measurement, its neighbours and the published one. All is
 measured with freed memory kept, as `fdg_jax.main` does, and as glibc comes; the last lines compare the two. BP on one
@@ -25,7 +27,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from fdg_jax.allocator import SWITCH, keep_memory
 from fdg_jax.balance import balanced_cuts
 from fdg_jax.data import Feed
 
+OTHERS = {5: "dispatch", 6: "memory", 7: "bounded"}  # the numbers of what has a command of its own
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -295,7 +297,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=7, help="in which every side takes its turn (%(default)s)")
     add("--images", type=int, default=4096, help="that live on the device (%(default)s)")
     add("--side", type=int, default=plain.SIDE, help="pixels of a side of an image (%(default)s)")
-    add("--no_dispatch", action="store_true", help="leave benchmarks.dispatch out, which takes no turns")
+    add("--only_turns", action="store_true", help=f"leave out {', '.join(OTHERS.values())}, which take no turns")
     add("--out", type=Path, default=RESULTS / "speed.json", help="where the result goes as JSON (%(default)s)")
     add("--work", type=json.loads, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -316,8 +318,12 @@ def main(argv: list[str] | None = None) -> int:
         for network in args.networks:
             results[network] = measure(args, network, console)
             args.out.write_text(json.dumps(results) + "\n")
-        if find_spec("benchmarks.dispatch") and not args.no_dispatch:
-            subprocess.run([sys.executable, "-m", "benchmarks.dispatch"], cwd=ROOT, check=True)
+        for target, name in OTHERS.items() if not args.only_turns else ():
+            console.print(f"{target}. python -m benchmarks.{name}", highlight=False)
+            path = args.out.with_name(f"{args.out.stem}_{name}.json").absolute()
+            subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--out", str(path)], cwd=ROOT, check=False)
+            results[name] = json.loads(path.read_text()) if path.exists() else None
+            args.out.write_text(json.dumps(results) + "\n")
     except KeyboardInterrupt:
         return 130
     console.print(f"written to {args.out}", highlight=False, soft_wrap=True)

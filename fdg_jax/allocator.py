@@ -8,6 +8,7 @@ is needed for the effect. What a run used at its peak is not free for other proc
 
 import ctypes
 import os
+import pkgutil
 
 SWITCH = "FDG_JAX_KEEP_MEMORY"  # "0" in the environment turns it off
 # Names and numbers of glibc's malloc.h.
@@ -21,10 +22,12 @@ OPTIONS = {
 def keep_memory() -> bool:
     """Keeps freed memory for the next step, on Linux with glibc; elsewhere does nothing. Whether it did.
 
-    Call it before there are threads: one that has allocated before leaves a heap of its own, which others then share.
+    Nor does it do anything where JAX has a plugin for an accelerator that it may use: the host's memory then holds
+    batches on their way, read by many threads. Call it before there are threads: one that has allocated before leaves a
+    heap of its own, which others then share.
     Children made by `fork` inherit it, programs that they become do not.
     """
-    if os.environ.get(SWITCH) == "0" or not _has_glibc():
+    if os.environ.get(SWITCH) == "0" or not _has_glibc() or _has_accelerator():
         return False
     mallopt = ctypes.CDLL(None).mallopt
     done = [mallopt(number, value) == 1 for number, value in OPTIONS.values()]
@@ -36,3 +39,14 @@ def _has_glibc() -> bool:
         return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
     except (AttributeError, ValueError, OSError):  # no POSIX, another libc
         return False
+
+
+def _has_accelerator() -> bool:
+    """Whether a plugin of JAX's is installed, and the environment does not ask for the CPU."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return False
+    try:
+        import jax_plugins  # type: ignore[import-not-found]
+    except ImportError:
+        return False
+    return any(True for _ in pkgutil.iter_modules(jax_plugins.__path__))

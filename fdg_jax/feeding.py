@@ -44,5 +44,8 @@ class Feeding:
         num, began = min(most, self._most), time.perf_counter()
         state, _ = self._pipe.run(state, self._feed, num)
         seconds = time.perf_counter() - began  # of the call before this one, for which the engine has waited
-        self._most = max(1, num // 2) if seconds > 2 * SECONDS else 2 * num if seconds < SECONDS / 2 else self._most
+        if seconds > 2 * SECONDS:
+            self._most = max(1, num // 2)
+        elif seconds < SECONDS / 2 and num == self._most:
+            self._most *= 2
         return state, num

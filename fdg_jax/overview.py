@@ -20,7 +20,9 @@ class Forecast:
 
     `total` is what the stage holds after one tick and before the next. During a visit there is more, at most `peak`:
     what arrives and what is made, until what it replaces is let go. XLA's scratch inside a program (gradients,
-    activations on their way) is no array and in neither; `benchmarks.memory` reads it off the compiled programs.
+    activations on their way) is no array and in neither; `benchmarks.memory` reads it off the compiled programs. The
+    figures are those of the engine `mpmd`, and of `fused` between its calls: during one it holds memos, and old weights
+    under stash, about twice.
     """
 
     weights: int

@@ -212,11 +212,12 @@ class Pipeline:
         return result
 
     def run(self, state: State, feed: Feed, num_batches: int) -> tuple[State, Metrics | None]:
-        """As so many calls of `step`, with batches state.fed, state.fed + 1, .. of the feed. Does not wait.
+        """As so many calls of `step`, with batches state.fed, state.fed + 1, .. of the feed.
 
-        The fused engine runs them in a loop on the device, where each batch is made as well. It does so once the
-        pipeline is full; on a CPU device only where all convolutions are those of `fdg_jax.layers`, since XLA:CPU runs
-        the gradients of others up to 80 times slower in a loop.
+        The fused engine runs them in loops on the device of 256 batches at most, where each batch is made as well. It
+        does so once the pipeline is full; on a CPU device only where all convolutions are those of `fdg_jax.layers`,
+        since XLA:CPU runs the gradients of others up to 80 times slower in a loop. It waits for the loop before the
+        last; an interrupt meanwhile costs the state, so ask for so many batches at a time as you can bear to lose.
 
         Args:
             state: no longer usable afterwards.
@@ -239,7 +240,7 @@ class Pipeline:
             raise ValueError(f"num_batches must be 0 or more; got {num_batches}")
         with using(state, self.num_stages):
             result = engine.run(state, feed, num_batches)
-        self._targets = targets
+        self._targets = targets if num_batches else self._targets
         return result
 
     def drain(self, state: State) -> tuple[State, list[Metrics]]:

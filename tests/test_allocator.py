@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
@@ -78,3 +79,14 @@ def test_a_run_asks_for_it_before_it_starts_threads(monkeypatch):
     monkeypatch.setattr(main, "_main", lambda argv, console: 0)
     assert main.main([]) == 0
     assert order == ["kept", "threads"]
+
+
+@pytest.mark.parametrize(("platforms", "kept"), [("", False), ("cpu", True)])
+def test_with_an_accelerator_it_is_left_alone(tmp_path, monkeypatch, platforms, kept):
+    """JAX finds accelerators as modules in the namespace package `jax_plugins`."""
+    (tmp_path / "jax_plugins" / "some_gpu").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "jax_plugins", SimpleNamespace(__path__=[str(tmp_path / "jax_plugins")]))
+    (tmp_path / "jax_plugins" / "some_gpu" / "__init__.py").touch()
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert allocator._has_accelerator() == (not kept)

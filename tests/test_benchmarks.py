@@ -178,7 +178,7 @@ def test_every_line_is_of_sides_that_exist():
 
 
 def test_speed_is_measured(compiled_before, tmp_path, capsys):
-    sizes = "--networks resnet8 --batch_size 4 --images 16 --side 8 --batches 2 --rounds 2 --no_dispatch"
+    sizes = "--networks resnet8 --batch_size 4 --images 16 --side 8 --batches 2 --rounds 2 --only_turns"
     which = ["--sides", "by hand", "fused BP", "--memory", speed.GIVEN_BACK]
     assert speed.main([*sizes.split(), *which, "--out", str(tmp_path / "out.json")]) == 0
     result = json.loads((tmp_path / "out.json").read_text())["resnet8"]

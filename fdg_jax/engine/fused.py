@@ -3,9 +3,11 @@
 While the pipeline fills and drains the host walks the schedule, as in `mpmd`. In the steady state every period of the
 schedule does the same to what is in flight, one batch further on. `run` does that in a loop on the device, which makes
 its batches itself and keeps its memory from tick to tick: what several batches wait in (memos, targets) are rings, in
-which a new batch takes the place of the one just answered. Between two calls the state is what it is in `mpmd`.
+which a new batch takes the place of the one just answered. Between two calls the state is what it is in `mpmd`; during
+a call the device holds it about twice, as rings and as what goes in and comes out.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +28,7 @@ from fdg_jax.engine.worker import Arrival, pattern, updates_first
 from fdg_jax.schedule import BACKWARD, FORWARD, UPDATE, Op, Visit
 from fdg_jax.stacking import fast_in_loops
 
+log = logging.getLogger(__name__)
 CAPACITY = 256  # batches a call at most, for each of which it keeps the metrics
 MEMO = "memo"
 
@@ -49,6 +52,7 @@ class Fused(Mpmd):
     def run(self, state: State, feed: Feed, num_batches: int) -> tuple[State, Metrics | None]:
         if not self._loops_well(state):
             return super().run(state, feed, num_batches)
+        feed = self._nearby(feed)
         filling = min(num_batches, max(0, self._steady_from - (state.fed - state.origin)))
         state, metrics = super().run(state, feed, filling)
         parts = [metrics] if metrics else []
@@ -59,8 +63,11 @@ class Fused(Mpmd):
 
     @cached_property
     def _steady_from(self) -> int:
-        """Batches after which every period does the same: the first one has left the pipeline."""
-        return -(-(self.plan.schedule.span - 1) // self.plan.schedule.period)
+        """Batches after which every period does the same: the first one has left the pipeline, every stage has updated.
+
+        Some optimizers' states are of other dtypes after the first update, and a loop wants them as they stay.
+        """
+        return -(-(self.plan.schedule.span - 1) // self.plan.schedule.period) + 1
 
     def _loops_well(self, state: State) -> bool:
         """Whether a loop costs what its body costs: on a CPU device where no convolution has JAX's own gradient."""
@@ -69,8 +76,19 @@ class Fused(Mpmd):
                 fast_in_loops(partial(stage.apply, train=True), own.params, own.state, inputs, own.key)
                 for stage, own, inputs in zip(self.plan.stages, state.stages, self.plan.shapes, strict=True)
             )
+            if not self._is_fast:
+                log.info(
+                    "convolutions of other layers than fdg_jax.layers: no loop on this CPU, a call a stage and tick"
+                )
         return self._is_fast
 
+    def _nearby(self, feed: Feed) -> Feed:
+        """The feed with its data on the device, moved once."""
+        if self._moved is None or self._moved[0] is not feed.data:
+            self._moved = feed.data, jax.device_put(feed.data, self.devices[0])
+        return Feed(self._moved[1], feed.at)
+
+    _moved: tuple[PyTree, PyTree] | None = None
     _is_fast: bool | None = None
     _running_call: jax.Array | None = None
 
@@ -105,7 +123,7 @@ class Fused(Mpmd):
         """`count` periods of the steady state, in which the batches `first`, `first` + 1, .. enter."""
         stages, values = _joined(donated, kept)
         rings, newest = [_ring(each) for each in values], [each[-1] for each in values]
-        reported = {name: jnp.zeros(CAPACITY) for name in stages[-1].totals if name != "batches"}
+        reported = {name: jnp.zeros(CAPACITY, jnp.float32) for name in stages[-1].totals if name != "batches"}
 
         def filed(n, rings, newest):
             """What the period before has left is written only now: before its end the ring was still being read."""
