@@ -64,7 +64,7 @@ def test_the_training_commands_reach_what_is_promised(tmp_path):
 
 def test_the_library_examples(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    training, saving = [text for language, text in BLOCKS if language == "python"]
+    training, saving, fused = [text for language, text in BLOCKS if language == "python"]
     names = {}
     exec(compile(training, "README.md", "exec"), names)
     before = names["params"]
@@ -76,6 +76,10 @@ def test_the_library_examples(capsys, tmp_path, monkeypatch):
     assert len(names["params"]) == len(names["layers"])
     assert "stage 0" in capsys.readouterr().out
     assert {own.batch.device for own in names["state"].stages} == set(jax.devices()[:2])
+    exec(compile(fused, "README.md", "exec"), names)
+    assert names["metrics"]["loss"].shape == (200 - 3,)
+    assert names["metrics"]["accuracy"][-20:].mean() > 0.8
+    assert {own.batch.device for own in names["state"].stages} == {jax.devices()[0]}
 
 
 def test_the_map_names_files_that_exist():
