@@ -1,6 +1,8 @@
 """Four CPU devices before JAX starts, and compiled programs shared between tests (and runs) that need the same one."""
 
+import os
 from pathlib import Path
+from unittest import mock
 
 import jax
 
@@ -8,6 +10,9 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+# Tests compile far longer than they compute. Their own processes only: runs that they start are as users start them.
+with mock.patch.dict(os.environ, XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"):
+    jax.devices()
 
 # Files that take half a minute or more: begun first, so that no worker is left alone with one at the end.
 LONG = ("survival", "readme", "snapshot", "experiments", "pipeline", "main", "models", "stage", "data")

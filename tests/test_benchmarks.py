@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from flax import nnx
 from helpers import assert_trees_close
 from rich.console import Console
 
-from benchmarks import dispatch, gpu, memory, overnight, plain, saving, speed
+from benchmarks import bounded, dispatch, gpu, memory, overnight, plain, saving, simulated, speed
 from benchmarks.interleaved import Side, ratio, rounds
 from fdg_jax import Pipeline, methods, softmax_cross_entropy
 from fdg_jax.layers import Conv
@@ -246,3 +247,38 @@ def test_the_networks_in_pytorch_are_as_large():
 def test_the_package_knows_nothing_of_them():
     code = "import sys, fdg_jax.main; assert not any(name.split('.')[0] == 'benchmarks' for name in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_prediction_is_that_of_the_simulator(tmp_path, monkeypatch):
+    """FDG takes what its slower stage takes, BP the sum and two messages; the times are those of other processes."""
+
+    class Told:
+        visits: ClassVar = {"0 F": 1.0, "0 BU": 2.0, "1 FBU": 4.0}
+
+        def __init__(self, name, command, environment):
+            self.name, self.about, self.turns = name, {"message_s": 0.5}, []
+
+        def take_turn(self, num_batches):
+            self.turns.append({"seconds": 5.0, "visits": self.visits})
+
+        def times(self):
+            return [turn["seconds"] for turn in self.turns]
+
+        def close(self):
+            self.median = 5.0
+
+    monkeypatch.setattr(simulated, "Side", Told)
+    out = tmp_path / "simulated.json"
+    assert simulated.main(["--rounds", "2", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())["methods"]
+    assert found["fdg"]["predicted_s"] == pytest.approx(4.0)
+    assert found["bp"]["predicted_s"] == pytest.approx(1 + 2 + 4 + 2 * 0.5)
+    assert found["bp"]["measured_s"] == 5
+
+
+def test_memory_is_read_and_does_not_grow(tmp_path):
+    """Two readings of each engine, equal to the array; asserts no size."""
+    out = tmp_path / "bounded.json"
+    assert bounded.main(["--ticks", "160", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert [len(samples) for samples in found.values()] == [bounded.SAMPLES] * 2

@@ -311,7 +311,7 @@ def test_the_fused_engine_writes_the_metrics_of_mpmd(finished, tmp_path, monkeyp
     one = dataclasses.replace(SMALL, engine="fused", checkpoint=dataclasses.replace(SMALL.checkpoint, every_steps=3))
     calls, run = [], Pipeline.run
     monkeypatch.setattr(Pipeline, "run", lambda pipe, *args: calls.append(args[-1]) or run(pipe, *args))
-    _, text = train(one, tmp_path / "run")
+    train(one, tmp_path / "run")
     lines, expected = read_lines(tmp_path / "run"), read_lines(finished[0])
     for line, other in zip(lines, expected, strict=True):
         assert set(line) == set(other)
