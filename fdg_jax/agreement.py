@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdg_jax.backward import Memo, Trace
+from fdg_jax.backward import Memo
 from fdg_jax.engine.base import Metrics, PyTree
 
 RECORDED = {"fed", "origin", "stages", "inbox", "outbox", "memos", "arrays", "pipeline", "versions", "targets"}
@@ -143,8 +143,8 @@ def compare_totals(totals: Metrics, reported: Mapping[str, Any]) -> None:
     compare("the sum of the metric", reported, leaves, [describe(total) for total in totals.values()])
 
 
-def compare_memos(what: str, memo: Memo, trace: Trace) -> None:
-    """Whether a memo holds what a stage's backward reads; Mismatch says in what it differs."""
-    for part, wanted in (("saved", trace.saved), ("held", trace.held_shapes)):
-        leaves = [[name, number] for number, (name, _) in enumerate(named_leaves(getattr(memo, part)))]
-        compare(f"{what}: {part}", wanted, leaves, [describe(leaf) for leaf in getattr(memo, part)])
+def compare_memos(what: str, memo: Memo, wanted: Memo) -> None:
+    """Whether a memo is like another, of shapes, which a stage's visits read; Mismatch says in what it differs."""
+    for part, found, shapes in zip(Memo._fields, memo, wanted, strict=True):
+        leaves = [[name, number] for number, (name, _) in enumerate(named_leaves(found))]
+        compare(f"{what}: {part}", shapes, leaves, [describe(leaf) for leaf in found])

@@ -148,6 +148,8 @@ class Trace:
         params, inputs, state, extras: arrays or `jax.ShapeDtypeStruct`s of the shapes to come.
         remat: keep the arguments only and do the forward again in the backward.
         todays_weights: the backward reads the parameters it is given, and the memo holds none.
+        holds_params: the memo holds all parameters of the forward, for `params_then`.
+        holds_outputs: the memo holds the outputs too, for `outputs_then`.
         differentiate_inputs: whether the backward gives gradients of the inputs as well.
     """
 
@@ -160,6 +162,8 @@ class Trace:
         *extras: PyTree,
         remat: bool = False,
         todays_weights: bool = False,
+        holds_params: bool = False,
+        holds_outputs: bool = False,
         differentiate_inputs: bool = True,
     ):
         # Shapes from here on: an array that stayed here would keep the weights of the beginning for ever.
@@ -182,7 +186,9 @@ class Trace:
         self._results = jax.tree.structure(shapes)
         self._sources, self._treedef = light.sources, light.treedef
         elsewhere = ("saved", "params") if todays_weights else ("saved",)
-        self.held = tuple(source for source in dict.fromkeys(light.sources) if source.tree not in elsewhere)
+        wanted = [*light.sources, *(Source("params", i) for i in range(self._num_params if holds_params else 0))]
+        wanted += [Source("outputs", i) for i in range(len(jax.tree.leaves(self.outputs)) if holds_outputs else 0)]
+        self.held = tuple(source for source in dict.fromkeys(wanted) if source.tree not in elsewhere)
         self.held_shapes = self.memo([], params, inputs, state, self.outputs).held
 
     def forward(self, params: PyTree, inputs: PyTree, state: PyTree, *extras: PyTree) -> tuple:
@@ -195,6 +201,16 @@ class Trace:
         trees = {"params": params, "inputs": inputs, "state": state, "outputs": outputs}
         leaves = {name: jax.tree.leaves(tree) for name, tree in trees.items()}
         return Memo(saved, [leaves[tree][i] for tree, i in self.held])
+
+    def params_then(self, params: PyTree, memo: Memo) -> PyTree:
+        """The parameters of the memo's forward, of a trace that holds them; `params` has their structure."""
+        held = dict(zip(self.held, memo.held, strict=True))
+        leaves, treedef = jax.tree.flatten(params)
+        return jax.tree.unflatten(treedef, [held[Source("params", i)] for i in range(len(leaves))])
+
+    def outputs_then(self, memo: Memo) -> list[jax.Array]:
+        """The outputs of the memo's forward that it holds, in order."""
+        return [leaf for source, leaf in zip(self.held, memo.held, strict=True) if source.tree == "outputs"]
 
     def backward(self, params: PyTree, memo: Memo, cotangents: list[jax.Array]) -> tuple[PyTree, list]:
         """Gradients of the parameters, and of the inexact leaves of the inputs in order.

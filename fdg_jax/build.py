@@ -13,11 +13,10 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from fdg_jax import data, methods, models, optim
+from fdg_jax import data, models, optim
 from fdg_jax.balance import balanced_cuts
-from fdg_jax.config import ConfigError, DataSettings, MethodSettings, OptimSettings, Settings
+from fdg_jax.config import ConfigError, DataSettings, OptimSettings, Settings, make_method
 from fdg_jax.data import Source
-from fdg_jax.methods import Method
 from fdg_jax.metrics import softmax_cross_entropy
 from fdg_jax.pipeline import Pipeline
 
@@ -122,13 +121,6 @@ def described(source: Source, settings: Settings) -> dict[str, Any]:
         "classes": source.num_classes,
         "labels of the first batch": hashlib.sha256(labels.tobytes()).hexdigest()[:16],
     }
-
-
-def make_method(settings: MethodSettings) -> Method:
-    """The method that the settings name; `bp` has no beta, policy or order."""
-    if settings.name == "bp":
-        return methods.bp()
-    return methods.fdg(settings.beta, settings.policy, settings.order)
 
 
 def make_optimizer(

@@ -12,8 +12,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fdg_jax import methods, models
+from fdg_jax import by_name, models
 from fdg_jax.backward import resolve_remat
+from fdg_jax.methods import PRESETS, Method
 from fdg_jax.models import MODELS
 from fdg_jax.names import check_name
 from fdg_jax.partition import SPLITS
@@ -21,7 +22,7 @@ from fdg_jax.pipeline import ENGINES
 
 SOURCES = ("digits", "arrays", "folder", "tfds")
 CUTS = (*SPLITS, "published", "balanced")
-METHODS = ("bp", "fdg")
+METHODS = PRESETS
 OPTIMIZERS = ("sgd", "adam", "adamw")
 RATE_SCHEDULES = ("constant", "piecewise", "cosine")
 DTYPES = ("float32", "bfloat16")
@@ -62,12 +63,29 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """`config.method`: a preset of `methods` and its arguments."""
+    """`config.method`: a preset of `methods`, its arguments, and corrections of the delay.
+
+    What the method does not take must be at its default. "auto" is the method's own policy, and is replaced by it.
+    """
 
     name: str = "fdg"
     beta: float = 1.0
-    policy: str = "stash"
-    order: str = "update_first"
+    policy: str = "auto"  # "stash", "current" or "recompute"; by default what the method's authors do
+    order: str = "update_first"  # of fdg and adl; or "forward_first"
+    micro_batches: int = 4  # of gpipe, one_f_one_b, pipedream_2bw: into which a batch is split
+    steps: int = 4  # of adl: batches whose gradients an update applies
+    average: bool = False  # of adl: their mean instead of their sum
+    vertical_sync: bool = False  # of pipedream
+    head: str = "mlp_sr"  # of dgl; or "linear"
+    kind: str = "deep"  # of dni, the network that predicts; or "linear"
+    context: bool = True  # of dni: it reads the labels too
+    learning_rate: float = 1e-4  # of dni: of its own optimizer, Adam
+    width: int = 128  # of dni: channels of its hidden layers
+    corrections: str = ""  # as spike_compensation,weight_prediction(assume=held); see `corrections.CORRECTIONS`
+
+    def __post_init__(self) -> None:
+        if self.policy == "auto":
+            object.__setattr__(self, "policy", by_name.own_default(self.name, "policy", "stash"))
 
 
 @dataclass(frozen=True)
@@ -122,7 +140,9 @@ class Settings:
 
 def default_config() -> ConfigDict:
     """Every key with its default: the recipe of the FDG papers."""
-    return ConfigDict(dataclasses.asdict(Settings()))
+    config = ConfigDict(dataclasses.asdict(Settings()))
+    config.method.policy = "auto"  # for whatever method is chosen
+    return config
 
 
 def varied(config: ConfigDict, variants: str, **known: Callable[[ConfigDict], None]) -> ConfigDict:
@@ -163,6 +183,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 CONFIG_KEYS = tuple(_flat(dataclasses.asdict(Settings())))  # dotted, as typed after --config.
+COMPARISON_KEYS = ("methods", "seeds")  # which the config of a comparison has too
 
 
 def resolve(config: Mapping[str, Any]) -> Settings:
@@ -181,6 +202,34 @@ def resolve(config: Mapping[str, Any]) -> Settings:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return settings
+
+
+def resolve_comparison(config: Mapping[str, Any]) -> dict[tuple[str, int], Settings]:
+    """The runs of a comparison, by method as it is typed and seed: one method after the other, all with all seeds.
+
+    Args:
+        config: as for `resolve`, with two keys more: "methods" like "bp, fdg(beta=0.5)", arguments being those of
+            config.method, and "seeds".
+
+    Raises:
+        ConfigError: as `resolve`; a method or a seed is named twice, or none is.
+    """
+    plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    methods, seeds = plain.pop("methods"), _typed("config.seeds", plain.pop("seeds"), ())
+    try:
+        calls = by_name.read_calls(_typed("config.methods", methods, ""))
+    except ValueError as error:
+        raise ConfigError(f"config.methods: {error}") from None
+    runs = {
+        (by_name.show_call(name, arguments), seed): resolve(
+            {**plain, "seed": seed, "method": {**plain["method"], **arguments, "name": name}}
+        )
+        for name, arguments in calls
+        for seed in seeds
+    }
+    if not runs or len(runs) < len(calls) * len(seeds):
+        raise ConfigError(f"config.methods and config.seeds must name some, each once; got {methods!r} and {seeds}")
+    return runs
 
 
 def _freeze(kind: type, given: Any, prefix: str) -> Any:
@@ -236,7 +285,7 @@ def differences(saved: Mapping[str, Any], settings: Settings) -> list[str]:
 
 def _shown(value: Any) -> str:
     """The same for a tuple and the list that JSON makes of it."""
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return (",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)) or "empty"
 
 
 def _parse_cuts(cuts: Any) -> str | tuple[int, ...]:
@@ -250,6 +299,17 @@ def _parse_cuts(cuts: Any) -> str | tuple[int, ...]:
     except ValueError:
         words = " or ".join(CUTS)
         raise ConfigError(f"config.cuts must be layer numbers like 3,6, or {words}; got {cuts!r}") from None
+
+
+def make_method(settings: MethodSettings) -> Method:
+    """The method that the settings name, with its corrections.
+
+    Raises:
+        ValueError: they name what does not exist, or what the method does not take.
+    """
+    given = vars(settings).copy()
+    name, corrections = given.pop("name"), given.pop("corrections")
+    return by_name.make_method(name, given, vars(MethodSettings()), corrections)
 
 
 def _check(settings: Settings) -> None:
@@ -271,9 +331,7 @@ def _check(settings: Settings) -> None:
             f"config.cuts {settings.cuts} make {stages} stages, config.num_stages is {settings.num_stages}; "
             f"add --config.num_stages={stages}"
         )
-    methods.fdg(settings.method.beta, settings.method.policy, settings.method.order)  # refuses what it cannot be
-    policy = settings.method.policy if settings.method.name == "fdg" else "stash"
-    resolve_remat(settings.remat, settings.num_stages, policy)
+    resolve_remat(settings.remat, settings.num_stages, make_method(settings.method).policy)
     optim = settings.optim
     for name, value, low in (
         ("num_stages", settings.num_stages, 1),

@@ -11,6 +11,7 @@ to know of it, it finds out by letting it make a step.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
@@ -390,7 +391,7 @@ class Nesterov(Correction):
 class SwitchToSynchronous(Correction):
     """After `after` batches the pipeline is drained, and training goes on without delay (Zhang & Abdelrahman 2021).
 
-    Data only; whoever walks the schedule acts on it.
+    Data only; `engine.switching` acts on it. The other corrections end with the delay, and so does shrinking.
     """
 
     after: int
@@ -438,6 +439,39 @@ def correct_optimizer(
     for correction in sorted(corrections, key=lambda correction: correction.rank):
         optimizer = correction.optimizer(optimizer, tau, k, num_stages)
     return optimizer
+
+
+def synchronous_optimizer(
+    corrections: Sequence[Correction], optimizer: Optimizer, tau: int, k: int, num_stages: int
+) -> Optimizer:
+    """The optimizer that goes on with the state of `correct_optimizer` when there is no delay any more.
+
+    What makes the optimizer (rank 0) does so for tau = 0. Of the others the state is kept up, so that it stays what a
+    checkpoint expects, and the step is as if they were not there.
+    """
+    for correction in sorted(corrections, key=lambda correction: correction.rank):
+        if correction.rank == 0:
+            optimizer = correction.optimizer(optimizer, 0, k, num_stages)
+        else:
+            optimizer = _without_effect(partial(correction.optimizer, tau=tau, k=k, num_stages=num_stages), optimizer)
+    return optimizer
+
+
+def _without_effect(wrap: Callable[[Optimizer], Optimizer], optimizer: Optimizer) -> Optimizer:
+    """The steps of an optimizer, with the state that `wrap` makes of its own."""
+
+    def update(gradient, state, params=None):
+        steps = []
+
+        def noted(*args):
+            updates, new = optimizer.update(*args)
+            steps.append(updates)
+            return updates, new
+
+        _, new = wrap(optax.GradientTransformation(optimizer.init, noted)).update(gradient, state, params)
+        return steps[0], new  # a wrapper's first call is the step, others look ahead
+
+    return optax.GradientTransformation(wrap(optimizer).init, update)
 
 
 def forward_weights(
@@ -510,7 +544,16 @@ def scale_free(optimizer: Optimizer) -> bool:
         whole, half = trial(size), trial(size / 2)
         return whole.any() and np.linalg.norm(whole - half) <= 0.01 * np.linalg.norm(whole)
 
+    def first(size):
+        updates, _ = optimizer.update(
+            jax.tree.map(lambda g: np.float32(size) * g, gradients[0]), optimizer.init(params), params
+        )
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(updates)])
+
     try:
+        whole, half = first(1e-2), first(5e-3)
+        if np.linalg.norm(whole - 2 * half) <= 1e-3 * np.linalg.norm(whole):
+            return False  # as SGD does, whose trial would cost a compilation
         return all(same(size) for size in (1e-2, 1.0, 1e2))
     except Exception:  # masks made for one network, for instance
         return False

@@ -1,7 +1,8 @@
 """Learning from a loss of one's own: decoupled greedy learning (DGL), and predicted error gradients (DNI).
 
-Both run on `schedule.local`: in tick t stage k does forward, backward and update of batch i = t - k, and D_k = tau_k =
-0. h_k are the outputs of stage k, y the targets, theta_k the stage's parameters, phi_k those of what is added to it.
+They run on `schedule.local` and `schedule.dni`: in tick t stage k does forward, backward and update of batch i = t - k,
+and D_k = tau_k = 0. h_k are the outputs of stage k, y the targets, theta_k the stage's parameters, phi_k those of what
+is added to it.
 
 **DGL** (Belilovsky et al. 2020). Stage k < K-1 minimises loss(head_k(h_k), y) over theta_k and phi_k; the last stage
 has the network's own head. Its input is a constant, nothing is sent back, so that no stage knows which stages follow.

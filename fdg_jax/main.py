@@ -2,8 +2,8 @@
 
     python -m fdg_jax.main --config experiments/digits.py --config.method.beta=0.2 --workdir runs/shrunk
 
-This file is short on purpose: flags, devices, `train_and_evaluate`. Exit status: 0 done, 1 the run failed, 2 the
-configuration is wrong, 130 or 143 stopped by a signal.
+This file is short on purpose: flags, devices, `train_and_evaluate`; or `compare` where the config has `methods`. Exit
+status: 0 done, 1 the run failed, 2 the configuration is wrong, 130 or 143 stopped by a signal.
 """
 
 import os
@@ -23,7 +23,8 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
 from fdg_jax.allocator import keep_memory
-from fdg_jax.config import CONFIG_KEYS, ConfigError, Settings, resolve
+from fdg_jax.compare import compare
+from fdg_jax.config import COMPARISON_KEYS, CONFIG_KEYS, ConfigError, Settings, resolve, resolve_comparison
 from fdg_jax.console import describe_metrics
 from fdg_jax.names import check_name
 from fdg_jax.resume import goes_on
@@ -62,13 +63,7 @@ def _main(argv: Sequence[str], console: Console) -> int:
     try:
         if len(argv) > 1:
             raise ConfigError(f"unexpected argument {argv[1]!r}; flags begin with --config. or --workdir")
-        settings = resolve(_given_config())
-        make_devices(1 if settings.engine == "fused" else settings.num_stages)
-        if _WORKDIR.value == "":
-            raise ConfigError("--workdir is empty; name a folder, or leave it out for one under runs/")
-        base = Path("runs") / _experiment_name()
-        workdir = Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(base, settings)
-        result = train_and_evaluate(settings, workdir, console)
+        return _carry_out(_given_config(), console)
     except ConfigError as error:
         return _complain(error, 2)
     except RunFailed as error:
@@ -76,6 +71,21 @@ def _main(argv: Sequence[str], console: Console) -> int:
     except KeyboardInterrupt:
         _complain(STOPPED_AT_ONCE, 130)
         os._exit(130)  # not to wait for the devices, nor for what is being written
+
+
+def _carry_out(config: ConfigDict, console: Console) -> int:
+    """Trains, or compares methods; the exit status."""
+    runs = resolve_comparison(config) if "methods" in config else {}
+    settings = next(iter(runs.values())) if runs else resolve(config)
+    make_devices(1 if settings.engine == "fused" else settings.num_stages)
+    if _WORKDIR.value == "":
+        raise ConfigError("--workdir is empty; name a folder, or leave it out for one under runs/")
+    base = Path("runs") / _experiment_name()
+    if runs:
+        stopped_by = compare(runs, Path(_WORKDIR.value or base), console)
+        return 128 + stopped_by if stopped_by else 0
+    workdir = Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(base, settings)
+    result = train_and_evaluate(settings, workdir, console)
     line = result.summary if result.stopped_by else f"{describe_metrics(result.metrics)}  {result.summary}"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 128 + result.stopped_by if result.stopped_by else 0
@@ -168,7 +178,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     """Flags, or one line about the first that is wrong and exit status 2."""
     try:
         for key in re.findall(r"^--?config\.([\w.]+)", "\n".join(argv), re.MULTILINE):
-            check_name("config key", key, CONFIG_KEYS)
+            if key not in COMPARISON_KEYS:
+                check_name("config key", key, CONFIG_KEYS)
         return flags.FLAGS(list(argv))
     except Exception as error:  # the config file is Python, and may raise anything
         raise SystemExit(_complain(_fault_of_config_file(error) or _first_line(error), 2)) from None

@@ -10,7 +10,7 @@ import jax
 from fdg_jax.engine.base import Plan, StageState
 from fdg_jax.engine.worker import Worker
 from fdg_jax.methods import Method
-from fdg_jax.schedule import BACKWARD, FORWARD, UPDATE, Schedule, Visit, delay, row, show, staleness
+from fdg_jax.schedule import BACKWARD, FORWARD, SYNTHESIS, UPDATE, Schedule, Visit, delay, row, show, staleness
 from fdg_jax.stage import Layer
 
 
@@ -48,6 +48,7 @@ def forecast(plan: Plan, k: int, own: StageState, worker: Worker | None) -> Fore
     num_memos = max(memos for _, memos in ticks)
     sizes = _sizes(plan, k, worker if num_memos else None)
     weights, state, optimizer = (num_bytes(tree) for tree in (own.params, own.state, own.opt_state))
+    added = own.synthesis[:2], own.synthesis[2:]  # parameters and state, and the optimizer's
     # What may live on in a memo is replaced and not overwritten, and for a moment there are two.
     replaced = {FORWARD: state, UPDATE: weights if worker and not worker.todays_weights else 0}
     most = max(sizes.held(visit, memos) for visit, memos in ticks)
@@ -56,8 +57,8 @@ def forecast(plan: Plan, k: int, own: StageState, worker: Worker | None) -> Fore
         for before, (visit, _) in pairwise(ticks)
     )
     return Forecast(
-        weights + state,
-        optimizer,
+        weights + state + num_bytes(added[0]),
+        optimizer + num_bytes(added[1]),
         old_weights=sizes.old_weights * staleness(plan.schedule)[k],
         memos=num_memos * sizes.memo,
         num_memos=num_memos,
@@ -89,6 +90,7 @@ class _Sizes:
         kinds = [kind for kind, _ in visit]
         forward, backward = kinds.count(FORWARD), kinds.count(BACKWARD)
         messages = forward * (self.inputs + self.outputs) + backward * (self.outputs + self.sent_back)
+        messages += kinds.count(SYNTHESIS) * self.outputs
         return messages + max(0, forward - backward) * self.saved
 
 
@@ -97,11 +99,14 @@ def _sizes(plan: Plan, k: int, worker: Worker | None) -> _Sizes:
     held = list(zip(worker.trace.held, worker.trace.held_shapes, strict=True)) if worker else []
     of = {tree: num_bytes([shape for source, shape in held if source.tree == tree]) for tree in ("params", "outputs")}
     saved = num_bytes(worker.trace.saved) if worker else 0
-    inputs = num_bytes(plan.shapes[k])
+    inputs, outputs = num_bytes(plan.shapes[k]), num_bytes(plan.shapes[k + 1]) if k < plan.last else 0
+    sent_back = inputs if k > 0 and plan.schedule.sends_back else 0
+    if plan.synthesiser(k):  # it keeps what it puts out
+        return _Sizes(inputs, outputs, sent_back, saved=0, memo=outputs, shared=outputs, old_weights=0)
     return _Sizes(
         inputs,
-        outputs=num_bytes(plan.shapes[k + 1]) if k < plan.last else 0,
-        sent_back=inputs if k > 0 else 0,
+        outputs,
+        sent_back,
         saved=saved,
         memo=saved + num_bytes([shape for _, shape in held]) - of["params"],
         shared=of["outputs"],
@@ -115,7 +120,7 @@ def _steady(schedule: Schedule, k: int) -> list[tuple[Visit, int]]:
     for tick in range(2 * schedule.span + schedule.period):
         visit = row(schedule, tick)[k]
         kinds = [kind for kind, _ in visit]
-        memos += kinds.count(FORWARD) - kinds.count(BACKWARD)
+        memos += kinds.count(FORWARD) - kinds.count(SYNTHESIS if schedule.synthesises(k) else BACKWARD)
         ticks.append((visit, memos))
     return ticks[-schedule.period - 1 :]
 
@@ -161,7 +166,7 @@ def overview(
                 f"{devices[k].platform}:{devices[k].id}",
             )
         )
-    parts.append(_columns(table))
+    parts.append(columns(table))
     if len(set(devices)) < len(devices):
         parts.append(f"{len(devices)} stages share {len(set(devices))} device(s)")
     if forecasts:
@@ -176,7 +181,7 @@ def overview(
                     *(_mib(size) for size in (f.messages, f.total, f.peak)),
                 )
             )
-        parts.append(_columns(memory))
+        parts.append(columns(memory))
     return "\n\n".join(parts)
 
 
@@ -184,6 +189,7 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:.2f}"
 
 
-def _columns(table: Sequence[Sequence[str]]) -> str:
+def columns(table: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as text, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table)

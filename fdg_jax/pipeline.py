@@ -3,14 +3,16 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fdg_jax import agreement
+from fdg_jax import agreement, corrections
 from fdg_jax import schedule as schedules
 from fdg_jax import snapshot as snapshots
 from fdg_jax.backward import resolve_remat
@@ -24,20 +26,22 @@ from fdg_jax.checks import (
     without_batch,
 )
 from fdg_jax.data.source import Feed
-from fdg_jax.engine.base import NO_FAULT, Engine, Fault, FirstFault, Loss, Metrics, Plan, PyTree, State
+from fdg_jax.engine.base import NO_FAULT, Added, Engine, Fault, FirstFault, Loss, Metrics, Plan, PyTree, State
 from fdg_jax.engine.fused import Fused
 from fdg_jax.engine.mpmd import Mpmd
+from fdg_jax.engine.switching import Switching, synchronous
+from fdg_jax.local import make_heads, make_synthesisers
 from fdg_jax.methods import Method
 from fdg_jax.names import check_name
 from fdg_jax.overview import Forecast, forecast, overview
 from fdg_jax.partition import assign_devices, resolve_cuts
-from fdg_jax.schedule import BACKWARD, Op
 from fdg_jax.snapshot import Snapshot
 from fdg_jax.stacking import optimizer_allows
 from fdg_jax.stage import Stage, as_layers, describe, group_layers, init_layers
 
 log = logging.getLogger(__name__)
 ENGINES = {"mpmd": Mpmd, "fused": Fused}
+BEYOND_LAYERS = 2**31  # a number that no layer has, so that heads do not depend on how many there are
 
 
 def choose_engine(engine: str, devices: Sequence[jax.Device]) -> str:
@@ -45,6 +49,54 @@ def choose_engine(engine: str, devices: Sequence[jax.Device]) -> str:
     if engine != "auto":
         return engine
     return "fused" if len(set(devices)) == 1 and devices[0].platform != "cpu" else "mpmd"
+
+
+def stage_optimizers(
+    method: Method, schedule: schedules.Schedule, optimizer: optax.GradientTransformation
+) -> tuple[optax.GradientTransformation, ...]:
+    """The optimizer of every stage, with the corrections of its delay.
+
+    Raises:
+        ValueError: a correction cannot serve this optimizer or policy, or gradients are shrunk whose scale is ignored.
+    """
+    corrections.check(method.corrections, optimizer, method.policy, schedule.num_stages)
+    if any(each.predicts for each in method.corrections) and (schedule.double_buffered or method.vertical_sync):
+        raise ValueError(
+            f"a prediction sets the weights of a forward, and {method.name} takes older ones there; "
+            "use pipedream without vertical_sync, or fdg"
+        )
+    if 0 < method.beta < 1 and schedule.num_stages > 1:
+        corrections.check_scale(optimizer)
+    if method.switch_after is not None and schedule.local:
+        raise ValueError(
+            f"SwitchToSynchronous ends a delay, and {method.name} has none; leave it out, or go on from its weights "
+            "with bp: init(key, example_inputs, params=...)"
+        )
+    taus = enumerate(method.staleness(schedule))
+    correct = corrections.correct_optimizer
+    return tuple(correct(method.corrections, optimizer, tau, k, schedule.num_stages) for k, tau in taus)
+
+
+def split_shapes(shapes: PyTree, num: int) -> PyTree:
+    """Of one of `num` micro-batches of a batch of these shapes.
+
+    Raises:
+        ValueError: the batch cannot be split evenly.
+    """
+
+    def part(leaf):
+        if leaf.shape[0] % num:
+            raise ValueError(f"a batch of {leaf.shape[0]} does not make {num} equal micro-batches; choose a divisor")
+        return jax.ShapeDtypeStruct((leaf.shape[0] // num, *leaf.shape[1:]), leaf.dtype)
+
+    return jax.tree.map(part, shapes)
+
+
+def _mean(left: list[Metrics]) -> Metrics | None:
+    """The metrics of what left the last stage; the mean where that were several micro-batches."""
+    if len(left) < 2:
+        return left[0] if left else None
+    return jax.tree.map(lambda *values: sum(values) / len(values), *left)
 
 
 class Pipeline:
@@ -100,6 +152,7 @@ class Pipeline:
         self.schedule = method.schedule(self.num_stages)
         schedules.validate(self.schedule)
         self.remat = resolve_remat(remat, self.num_stages, method.policy)
+        self.optimizers = stage_optimizers(method, self.schedule, optimizer)
         self.loss, self.optimizer, self.method = loss, optimizer, method
         devices = tuple(jax.devices() if devices is None else devices)
         self.engine = choose_engine(engine, devices)
@@ -136,7 +189,8 @@ class Pipeline:
         """
         shapes_in = batched_shapes("example_inputs", example_inputs)
         key_params, key_run = jax.random.split(typed_key(key))
-        own_params, own_state, shapes = init_layers(self.layers, key_params, shapes_in)
+        micro = split_shapes(shapes_in, self.method.micro_batches)
+        own_params, own_state, shapes = init_layers(self.layers, key_params, micro)
         start_params = own_params if params is None else self._fitting("params", params, own_params)
         start_state = own_state if module_state is None else self._fitting("module_state", module_state, own_state)
         plan = Plan(
@@ -145,14 +199,37 @@ class Pipeline:
             schedule=self.schedule,
             method=self.method,
             loss=self.loss,
-            optimizer=self.optimizer,
+            optimizers=self.optimizers,
+            added=self._added(shapes, jax.random.fold_in(key_params, BEYOND_LAYERS)),
             skip_nonfinite=self._skip_nonfinite,
         )
-        engine = self._engine_type(plan, self.devices)
-        state = engine.init(start_params, start_state, key_run, first_batch)
-        self._engine, self._inputs, self._targets = engine, shapes[0], None
+        engine = self._make_engine(plan)
+        state = engine.init(start_params, start_state, key_run, first_batch * self.method.micro_batches)
+        self._engine, self._inputs, self._targets = engine, shapes_in, None
         self._forecasts = [forecast(plan, k, own, engine.workers.get(k)) for k, own in enumerate(state.stages)]
         return state
+
+    def _added(self, shapes: list[PyTree], key: jax.Array) -> tuple[Added | None, ...]:
+        """What the method adds to the stages, all but the last."""
+        head, synthesiser, between = self.method.head, self.method.synthesiser, [shapes[cut] for cut in self.cuts]
+        if not between or not (head or synthesiser):
+            return (None,) * self.num_stages
+        classes = jax.tree.leaves(shapes[-1])[0].shape[-1]
+        if synthesiser is None:
+            return *map(Added, make_heads(str(head), between, classes, key)), None
+        dtype = jnp.result_type(*jax.tree.leaves(between))
+        read = classes if synthesiser.context else None
+        layers = make_synthesisers(synthesiser.kind, between, read, key, dtype, synthesiser.width)
+        return *(Added(layer, optax.adam(synthesiser.learning_rate), synthesiser.context) for layer in layers), None
+
+    def _make_engine(self, plan: Plan) -> Engine:
+        engine, after = self._engine_type(plan, self.devices), self.method.switch_after
+        if after is None:
+            return engine
+        taus = enumerate(self.method.staleness(self.schedule))
+        correct = partial(corrections.synchronous_optimizer, self.method.corrections, self.optimizer)
+        exact = synchronous(plan, [correct(tau, k, self.num_stages) for k, tau in taus])
+        return Switching(engine, self._engine_type(exact, self.devices), after * self.method.micro_batches)
 
     def _fitting(self, name: str, given: Sequence[PyTree], own: Sequence[PyTree]) -> list[PyTree]:
         """Copies of the given trees, one a layer, where each is like the layer's own."""
@@ -199,7 +276,8 @@ class Pipeline:
 
         Returns:
             The new state, and the metrics of the batch that left the last stage, () float32 arrays on its device:
-            "loss" and what the loss function reports. None while the pipeline fills.
+            "loss" and what the loss function reports. None while the pipeline fills. Where the method switches to
+            synchronous the pipeline is drained, and they are means over all that left it.
 
         Raises:
             ValueError: the batch does not fit, or the loss is not a scalar.
@@ -207,9 +285,9 @@ class Pipeline:
         engine = self._started()
         _, targets = batch_shapes(batch, self._inputs, self._targets)
         with using(state, self.num_stages):
-            result = engine.step(state, *batch)
+            state, left = engine.step(state, *batch)
         self._targets = targets
-        return result
+        return state, _mean(left)
 
     def run(self, state: State, feed: Feed, num_batches: int) -> tuple[State, Metrics | None]:
         """As so many calls of `step`, with batches state.fed, state.fed + 1, .. of the feed.
@@ -278,7 +356,8 @@ class Pipeline:
         stages = self._started().plan.stages
         # Copied, since a view of a device's memory would be overwritten when the next step donates it.
         host = jax.tree.map(lambda leaf: np.array(leaf, copy=True), jax.device_get(per_stage))
-        return [tree for stage, trees in zip(stages, host, strict=True) for tree in stage.unstack(trees)]
+        own = [trees[: len(stage.groups)] for stage, trees in zip(stages, host, strict=True)]  # without heads
+        return [tree for stage, trees in zip(stages, own, strict=True) for tree in stage.unstack(trees)]
 
     def snapshot(self, state: State) -> Snapshot:
         """All of the state, batches in flight included, copied without waiting: training may go on at once.
@@ -305,28 +384,34 @@ class Pipeline:
         engine = self._started()
         agreement.compare_runs(snapshot.record, self._identity())
         given = None if example_targets is None else batched_shapes("example_targets", example_targets)
-        targets = agreement.targets_of(snapshot.record, given)
+        whole = agreement.targets_of(snapshot.record, given)
+        targets = None if whole is None else split_shapes(whole, self.method.micro_batches)
         with using(state, self.num_stages):
             found = snapshots.put(snapshot, state, self.devices, engine.plan.shapes, targets)
             if targets is not None:
-                engine.expect(state, targets)
+                engine.expect(found, targets)
+        workers = engine.at(found).workers
         if totals := found.stages[-1].totals:
-            reported = {name: np.zeros((), np.float32) for name in engine.workers[self.num_stages - 1].total_names}
+            reported = {name: np.zeros((), np.float32) for name in workers[self.num_stages - 1].total_names}
             agreement.compare_totals(totals, reported)
         for (k, batch), memo in found.memos.items():
-            agreement.compare_memos(f"the memo of batch {batch} on stage {k}", memo, engine.workers[k].trace)
-        self._targets = targets
+            agreement.compare_memos(f"the memo of batch {batch} on stage {k}", memo, workers[k].memo_shapes(targets))
+        self._targets = whole
         return found
 
     def _identity(self) -> dict[str, Any]:
         """What a snapshot must agree with, as JSON."""
-        stages = [[[slot.kind, slot.offset] for slot in slots] for slots in self.schedule.stages]
+        schedule = self.schedule
+        stages = [
+            [[slot.kind, slot.offset, *([slot.micro] if schedule.group > 1 else [])] for slot in slots]
+            for slots in schedule.stages
+        ]
         pipeline = {
             "layers": [layer.name for layer in self.layers],
             "num_stages": self.num_stages,
             "cuts": list(self.cuts),
             "method": str(self.method),
-            "schedule": {"name": self.schedule.name, "period": self.schedule.period, "stages": stages},
+            "schedule": {"name": schedule.name, "period": schedule.period, "stages": stages},
             "groups": [list(stage.groups) for stage in self._started().plan.stages],
             "remat": list(self.remat),
         }
@@ -372,8 +457,9 @@ class Pipeline:
 
         Waits for the devices, as `faults` does.
         """
+        micro = self.method.micro_batches
         met = [(k, fault.first_batch) for k, fault in enumerate(self.faults(state)) if fault.first_batch is not None]
-        places = [FirstFault(k, i, schedules.tick_of(self.schedule, k, Op(BACKWARD, i))) for k, i in met]
+        places = [FirstFault(k, i // micro, self._started().tick_of_answer(k, i)) for k, i in met]
         return min(places, key=lambda place: (place.tick, -place.stage), default=None)
 
     def show(self, ticks: int = 8) -> str:
@@ -384,6 +470,21 @@ class Pipeline:
         return overview(
             self.method, self.schedule, self.layers, self._bounds, self.devices, self._forecasts or None, ticks
         )
+
+    @property
+    def forecasts(self) -> tuple[Forecast, ...]:
+        """The memory of every stage, as `show` tells it; empty before `init`."""
+        return tuple(self._forecasts)
+
+    @property
+    def extra_params(self) -> tuple[int, ...]:
+        """Parameters of what the method adds to every stage and `params` leaves out; known after `init`."""
+        return tuple(added.layer.num_params or 0 if added else 0 for added in self._started().plan.added)
+
+    @property
+    def ticks_per_batch(self) -> int:
+        """How many ticks a batch brings on."""
+        return self.schedule.period * self.method.micro_batches // self.schedule.group
 
     def _started(self) -> Engine:
         if self._engine is None:

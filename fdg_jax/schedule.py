@@ -23,12 +23,15 @@ from typing import NamedTuple
 
 from fdg_jax.names import check_name
 
-FORWARD, BACKWARD, UPDATE = "F", "B", "U"
+FORWARD, BACKWARD, UPDATE, SYNTHESIS = "F", "B", "U", "S"
 ORDERS = ("update_first", "forward_first")
 
 
 class Slot(NamedTuple):
-    """Batch g * M + micro has its `kind` (F forward, B backward, U update) in tick `g * period + offset`."""
+    """Batch g * M + micro has its `kind` in tick `g * period + offset`: F forward, B backward, U update, S synthesis.
+
+    In S a stage that answers with predicted error gradients learns from the true one what it should have predicted.
+    """
 
     kind: str
     offset: int
@@ -75,6 +78,15 @@ class Schedule:
     def span(self) -> int:
         """Ticks from a group's first operation to its last, both counted."""
         return 1 + max(slot.offset for slots in self.stages for slot in slots)
+
+    @property
+    def sends_back(self) -> bool:
+        """Whether backwards send error gradients: not where stages have losses of their own and learn no prediction."""
+        return not self.local or any(map(self.synthesises, range(self.num_stages)))
+
+    def synthesises(self, k: int) -> bool:
+        """Whether stage k learns to predict its error gradients, and answers with the prediction."""
+        return any(slot.kind == SYNTHESIS for slot in self.stages[k])
 
 
 def bp(num_stages: int) -> Schedule:
@@ -155,12 +167,23 @@ def pipedream_2bw(num_stages: int, group: int) -> Schedule:
 
 
 def local(num_stages: int) -> Schedule:
-    """Local losses (DGL, Belilovsky et al. 2020; DNI, Jaderberg et al. 2017): forward, backward, update in one visit.
+    """Local losses (DGL, Belilovsky et al. 2020): forward, backward, update in one visit.
 
     Stage k has batch t - k in tick t, and waits for no error gradient: D_k = tau_k = 0.
     """
     _last_stage(num_stages)
     return Schedule("local", 1, tuple(_slots([k], [k]) for k in range(num_stages)), local=True)
+
+
+def dni(num_stages: int) -> Schedule:
+    """Synthetic gradients (DNI, Jaderberg et al. 2017): `local`, and what a stage answered with is judged later.
+
+    Stage k < K-1 answers batch t - k in tick t, by a prediction, and before that learns from the error gradient of
+    batch t - k - 2, which stage k+1 found in tick t - 1. D_k = tau_k = 0; a stage keeps its outputs for two batches.
+    """
+    stages = local(num_stages).stages
+    judged = [(Slot(SYNTHESIS, k + 2), *slots) for k, slots in enumerate(stages[:-1])]
+    return Schedule("dni", 1, (*judged, stages[-1]), local=True)
 
 
 def fdg(num_stages: int, order: str = "update_first") -> Schedule:
@@ -303,6 +326,8 @@ def _inputs(schedule: Schedule, k: int, op: Op) -> list[tuple[int, Op]]:
             needed.append((k + 1, Op(BACKWARD, op.batch)))
         if first > 0:  # else its gradient would go into the update of the group before
             needed.append((k, Op(UPDATE, first - 1)))
+    elif op.kind == SYNTHESIS:
+        needed += [(k, Op(FORWARD, op.batch)), (k + 1, Op(BACKWARD, op.batch))]
     else:
         needed += [(k, Op(BACKWARD, batch)) for batch in range(first, op.batch + 1)]
     return needed
@@ -340,16 +365,22 @@ def stalenesses(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
 
 
 def depth(schedule: Schedule) -> tuple[int, ...]:
-    """Memos that stage k holds at most, the one at work included: forwards up to the backward of the first of them."""
-    return tuple(max(_count(FORWARD, life) for life in lives) for lives in _lives(schedule))
+    """Memos that stage k holds at most, the one at work included: forwards up to the backward of the first of them.
+
+    A stage that predicts keeps its outputs up to the synthesis.
+    """
+    return tuple(max(_count(FORWARD, life) for life in lives) for lives in _lives(schedule, judged=True))
 
 
 def _count(kind: str, life: list[tuple[int, Op]]) -> int:
     return sum(op.kind == kind for _, op in life)
 
 
-def _lives(schedule: Schedule) -> list[list[list[tuple[int, Op]]]]:
-    """Per stage and batch of a group in the steady state: all that runs from its forward to its backward, and when."""
+def _lives(schedule: Schedule, judged: bool = False) -> list[list[list[tuple[int, Op]]]]:
+    """Per stage and batch of a group in the steady state: all that runs from its forward to its backward, and when.
+
+    With `judged` up to the synthesis, on stages that have it.
+    """
     number = -(-schedule.span // schedule.period)
     rows = list(unroll(schedule, (2 * number + 1) * schedule.group))
     lives = []
@@ -357,5 +388,6 @@ def _lives(schedule: Schedule) -> list[list[list[tuple[int, Op]]]]:
         ops = [(tick, op) for tick, stages in enumerate(rows) for op in stages[k]]
         place = {op: n for n, (_, op) in enumerate(ops)}
         group = range(number * schedule.group, (number + 1) * schedule.group)
-        lives.append([ops[place[Op(FORWARD, i)] : place[Op(BACKWARD, i)] + 1] for i in group])
+        end = SYNTHESIS if judged and schedule.synthesises(k) else BACKWARD
+        lives.append([ops[place[Op(FORWARD, i)] : place[Op(end, i)] + 1] for i in group])
     return lives

@@ -18,6 +18,7 @@ from fdg_jax.backward import Memo
 from fdg_jax.engine.base import COTANGENTS, INPUTS, Metrics, PyTree, StageState, State
 
 FAULTS = 2  # its place in `StageState.counts`
+OPTIONAL = ("accumulated", "previous", "synthesis")  # fields that a method need not have, nor all the time
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def put(
     if len(record["stages"]) != len(devices):
         raise Mismatch(f"{len(record['stages'])} stages are in the checkpoint, {len(devices)} here")
     for k, (own, saved) in enumerate(zip(fresh.stages, record["stages"], strict=True)):
-        for field in ("params", "state", "opt_state", "key"):
+        for field in ("params", "state", "opt_state", "key", *(field for field in OPTIONAL if saved.get(field))):
             compare(f"stage {k}'s {field}", getattr(own, field), saved[field], record["arrays"])
     placed = _place(snapshot, devices)
 
@@ -128,8 +129,9 @@ def put(
 
     stages = []
     for k, (own, saved) in enumerate(zip(fresh.stages, record["stages"], strict=True)):
+        absent = {"totals", *(field for field in OPTIONAL if not saved.get(field))}
         fields = {
-            field: tree(k, getattr(own, field), saved[field]) for field in StageState._fields if field != "totals"
+            field: tree(k, getattr(own, field), saved[field]) for field in StageState._fields if field not in absent
         }
         totals: Metrics = {name: placed[k, number] for name, number in saved["totals"]}
         stages.append(StageState(**fields, totals=totals))

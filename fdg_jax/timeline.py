@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple
 
-from fdg_jax.schedule import BACKWARD, FORWARD, UPDATE, Op, Schedule, Visit, num_ticks, unroll
+from fdg_jax.schedule import BACKWARD, FORWARD, SYNTHESIS, UPDATE, Op, Schedule, Visit, num_ticks, unroll
 
 RUN_AHEAD = 8  # losses, as in `engine.mpmd`
 GROUPS = 60  # over which the steady state is measured, after as many; whole for patterns of 2 to 6 groups
@@ -29,7 +29,7 @@ class StageCost:
     """What one batch, or micro-batch where the schedule has them, costs on a stage.
 
     Attributes:
-        forward, backward, update: seconds.
+        forward, backward, update, synthesis: seconds.
         activations: bytes of the message to the next stage.
         cotangents: bytes of the message to the stage before.
     """
@@ -39,6 +39,7 @@ class StageCost:
     update: float = 0.0
     activations: float = 0.0
     cotangents: float = 0.0
+    synthesis: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -47,7 +48,8 @@ class StageCost:
 
     def seconds(self, visit: Visit) -> float:
         """Of a visit, which does its operations one after the other."""
-        return sum({FORWARD: self.forward, BACKWARD: self.backward, UPDATE: self.update}[op.kind] for op in visit)
+        each = {FORWARD: self.forward, BACKWARD: self.backward, UPDATE: self.update, SYNTHESIS: self.synthesis}
+        return sum(each[op.kind] for op in visit)
 
 
 @dataclass(frozen=True)
@@ -179,15 +181,16 @@ class _Planner:
                 self.send(k, k + 1, op, end, self.costs[k].activations)
             elif op.kind == FORWARD:
                 self.await_loss(end)
-            elif op.kind == BACKWARD and k > 0 and not self.schedule.local:
-                self.send(k, k - 1, op, end, self.costs[k].cotangents)
+            elif op.kind == BACKWARD and k > 0 and self.schedule.sends_back:
+                wanted = Op(SYNTHESIS, op.batch) if self.schedule.local else op
+                self.send(k, k - 1, wanted, end, self.costs[k].cotangents)
         return Box(k, device, tick, visit, start, end)
 
     def reads(self, k: int, op: Op) -> bool:
         """Whether an operation waits for a message of another stage."""
         if op.kind == FORWARD:
             return k > 0
-        return op.kind == BACKWARD and k < self.last and not self.schedule.local
+        return op.kind == SYNTHESIS or (op.kind == BACKWARD and k < self.last and not self.schedule.local)
 
     def send(self, k: int, reader: int, op: Op, sent: float, size: float) -> None:
         link = self.devices[k], self.devices[reader]
@@ -223,7 +226,10 @@ def steady(
     ends = {(box.stage, op.batch): box.end for box in boxes for op in box.ops if op.kind == UPDATE}
     first, last = (number * schedule.group - 1 for number in (full, num_groups))
     group_seconds = max(ends[k, last] - ends[k, first] for k in range(schedule.num_stages)) / GROUPS
-    work = [schedule.group * (cost.forward + cost.backward) + cost.update for cost in costs]
+    work = [
+        schedule.group * (cost.forward + cost.backward) + cost.update + cost.synthesis * schedule.synthesises(k)
+        for k, cost in enumerate(costs)
+    ]
     placed = _check_devices(schedule, costs, devices)
     loads = [sum(w for w, d in zip(work, placed, strict=True) if d == device) for device in range(len(set(placed)))]
     return Steady(

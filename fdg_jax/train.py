@@ -39,12 +39,14 @@ class Result:
         seconds: of the training, compilation and evaluations included, those before an interruption too.
         stopped_by: the signal that ended the run early, or None.
         summary: where it ended and what is where, in a line.
+        pipe: of the run.
     """
 
     metrics: dict[str, float]
     seconds: float
     stopped_by: int | None
     summary: str
+    pipe: Pipeline
 
 
 def train_and_evaluate(settings: Settings, workdir: Path, console: Console) -> Result:
@@ -73,7 +75,7 @@ def train_and_evaluate(settings: Settings, workdir: Path, console: Console) -> R
             stack.enter_context(_owned(workdir, console))
             if found is None and find(settings, workdir, checkpoints, console):
                 raise ConfigError(f"another run has begun in {workdir} meanwhile: try again")
-        if done := _done(settings, source, workdir, progress, found.differences if found else ()):
+        if done := _done(settings, pipe, source, workdir, progress, found.differences if found else ()):
             return done
         if line:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -106,7 +108,7 @@ def _owned(workdir: Path, console: Console) -> Iterator[None]:
 
 
 def _done(
-    settings: Settings, source: Source, workdir: Path, progress: Progress, differences: Sequence[str]
+    settings: Settings, pipe: Pipeline, source: Source, workdir: Path, progress: Progress, differences: Sequence[str]
 ) -> Result | None:
     """What a run ended with that has nothing more to do.
 
@@ -129,7 +131,7 @@ def _done(
     if settings.optim.schedule == "cosine":  # which more epochs would stretch
         more += " and --config.checkpoint.resume=params"
     summary = f"finished already; {more}, or choose another --workdir than {workdir}"
-    return Result(metrics, progress.seconds, None, summary)
+    return Result(metrics, progress.seconds, None, summary, pipe)
 
 
 def _writer(workdir: Path, settings: Settings, step: int, last_log: int | None) -> MetricWriter:
@@ -160,8 +162,6 @@ def _announce(settings: Settings, pipe: Pipeline, source: Source, workdir: Path,
     ]
     if pipe.method.beta == 0:
         lines.append("beta 0: only the last stage learns from the loss; the others move by weight decay alone")
-    if pipe.method.beta < 1 and settings.optim.name != "sgd":
-        lines.append(f"beta {pipe.method.beta:g} hardly acts: {settings.optim.name} ignores the scale of gradients")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -301,7 +301,7 @@ class _Run:
         first = self.pipe.first_fault(state)
         if math.isfinite(loss) and first is None:
             return
-        period, last_log, step = self.pipe.schedule.period, self.progress.last_log, self.progress.step
+        period, last_log, step = self.pipe.ticks_per_batch, self.progress.last_log, self.progress.step
         what = f"the loss is {loss}: it" if not math.isfinite(loss) else f"the loss is {loss:.4g}, but a gradient"
         where = (
             f"; gradients were first not finite on stage {first.stage}, in tick {first.tick}, for batch {first.batch}"
@@ -350,7 +350,7 @@ class _Run:
         if not (self.workdir / "metrics.jsonl").exists():
             left = "the weights are in {}, whose metrics are gone"
         summary = f"after {self.seconds:.1f} s; {left.format(self.workdir)}"
-        return Result(self.progress.metrics, self.seconds, None, summary)
+        return Result(self.progress.metrics, self.seconds, None, summary, self.pipe)
 
     def stopped(self, state: State, number: int) -> Result:
         step = self.progress.step
@@ -363,7 +363,7 @@ class _Run:
             next_time = "goes on from there" if self.checkpoints.complete() else "begins again"
             where = f"which is not saved; {self.saving.newest}: the same command {next_time}"
         summary = f"stopped after step {step} of {self.num_steps}, {where}"
-        return Result(self.progress.metrics, self.seconds, number, summary)
+        return Result(self.progress.metrics, self.seconds, number, summary, self.pipe)
 
     @property
     def seconds(self) -> float:

@@ -24,8 +24,8 @@ BATCHES = tiny_batches(2 * HALF)
 POLICIES = ("stash", "current", "recompute")
 CASES = {
     **{f"bp-{k}": (methods.bp(), k) for k in (1, 3)},
-    **{f"{policy}-{k}": (methods.fdg(0.5, policy), k) for policy in POLICIES for k in (2, 3)},
-    "forward_first-3": (methods.fdg(0.5, order="forward_first"), 3),
+    **{f"{policy}-{k}": (methods.fdg(policy=policy), k) for policy in POLICIES for k in (2, 3)},
+    "forward_first-3": (methods.fdg(order="forward_first"), 3),
 }
 
 

@@ -1,10 +1,22 @@
 import dataclasses
+import inspect
+import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdg_jax.config import CONFIG_KEYS, ConfigError, Settings, default_config, resolve
+from fdg_jax import corrections, methods
+from fdg_jax.config import (
+    CONFIG_KEYS,
+    ConfigError,
+    MethodSettings,
+    Settings,
+    default_config,
+    differences,
+    make_method,
+    resolve,
+)
 
 
 def changed(**overrides):
@@ -67,6 +79,27 @@ def test_a_whole_number_is_a_float_too():
         ({"method__name": "fgd"}, "unknown method 'fgd'; did you mean 'fdg'"),
         ({"method__policy": "stahs"}, "unknown policy 'stahs'; did you mean 'stash'"),
         ({"method__order": "update"}, "unknown order 'update'; did you mean 'update_first'"),
+        ({"method__name": "dgl", "method__head": "mlp"}, "unknown head 'mlp'; did you mean 'mlp_sr'"),
+        (
+            {"method__name": "bp", "method__beta": 0.5},
+            "bp has no beta, it takes nothing of the kind: leave beta at 1.0; got 0.5",
+        ),
+        (
+            {"method__name": "pipedream", "method__order": "forward_first"},
+            "pipedream has no order, it takes policy, vertical_sync: leave order at 'update_first'; got",
+        ),
+        ({"method__name": "gpipe", "method__policy": "current"}, "gpipe has no policy, it takes micro_batches"),
+        ({"method__steps": 2}, "fdg has no steps, it takes beta, policy, order: leave steps at 4; got 2"),
+        ({"method__name": "adl", "method__steps": 0}, "steps must be a whole number, at least 1; got 0"),
+        ({"method__name": "gpipe", "method__micro_batches": -1}, "micro_batches must be a whole number, at least 1"),
+        ({"method__corrections": "spike"}, "unknown correction 'spike'; did you mean 'shrink'|spike_compensation"),
+        ({"method__corrections": "nesterov(momentun=0.9)"}, "unknown argument of nesterov 'momentun'; .* 'momentum'"),
+        ({"method__corrections": "nesterov(build=open)"}, "build of nesterov cannot be 'open'"),
+        ({"method__corrections": "nesterov(momentum=True)"}, "momentum of nesterov cannot be True"),
+        ({"method__corrections": "shrink"}, "shrink needs factors, as in shrink"),
+        ({"method__corrections": "shrink(factors=half)"}, "factors of shrink cannot be 'half'"),
+        ({"method__corrections": "shrink(0.5)"}, r"'shrink\(0.5\)' must be names with arguments between commas"),
+        ({"method__corrections": "a b"}, "'a b' must be names with arguments between commas, like a, b"),
         ({"optim__name": "sdg"}, "unknown optimizer 'sdg'; did you mean 'sgd'"),
         ({"optim__schedule": "cos"}, "unknown learning rate schedule 'cos'; did you mean 'cosine'"),
         (
@@ -121,3 +154,77 @@ def test_whatever_is_typed_there_is_settings_or_one_line(key, value):
     except ConfigError as error:
         complaint = str(error)
     assert "\n" not in complaint
+
+
+@pytest.mark.parametrize("name", methods.PRESETS)
+def test_every_method_is_built_by_name_with_its_own_defaults(name):
+    settings = resolve(changed(method__name=name))
+    assert str(make_method(settings.method)) == str(methods.PRESETS[name]())
+    assert make_method(settings.method).schedule(3) == methods.PRESETS[name]().schedule(3)
+    assert make_method(MethodSettings(name)).policy == methods.PRESETS[name]().policy
+
+
+def test_every_argument_of_every_method_has_a_key():
+    """But for corrections, which all take."""
+    keys = {field.name for field in dataclasses.fields(MethodSettings)}
+    for preset in methods.PRESETS.values():
+        assert set(inspect.signature(preset).parameters) <= keys
+
+
+def test_what_is_set_reaches_the_method():
+    def made(**keys):
+        return make_method(resolve(changed(**{f"method__{key}": value for key, value in keys.items()})).method)
+
+    adl = made(name="adl", steps=2, average=True, order="forward_first", beta=0.25, policy="current")
+    assert (adl.average, adl.beta, adl.policy) == (True, 0.25, "current")
+    assert adl.schedule(3) == methods.adl(2, order="forward_first").schedule(3)
+    assert made(name="gpipe", micro_batches=2).micro_batches == 2
+    assert made(name="pipedream", vertical_sync=True, policy="recompute") == methods.pipedream("recompute", True)
+    assert made(name="dgl", head="linear") == methods.dgl("linear")
+    assert made(name="pipelined_bp").policy == "current"
+    assert made(name="pipelined_bp", policy="stash").policy == "stash"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ()),
+        ("spike_compensation", (corrections.SpikeCompensation(),)),
+        (
+            "spike_compensation,linear_prediction(form=weights, horizon=2),",
+            (corrections.SpikeCompensation(), corrections.LinearPrediction("weights", 2)),
+        ),
+        (" weight_prediction( assume = held )", (corrections.WeightPrediction("held"),)),
+        ("shrink(factors=0.5)", (corrections.Shrink(0.5),)),
+        ("shrink(factors=(0.25, 1))", (corrections.Shrink((0.25, 1)),)),
+        ("learning_rate_damping(power=0.5, fade=None)", (corrections.LearningRateDamping(0.5),)),
+        ("learning_rate_damping(fade=100)", (corrections.LearningRateDamping(1.0, 100),)),
+        ("nesterov(low=0.9)", (corrections.Nesterov(low=0.9),)),
+        ("switch_to_synchronous(after=5)", (corrections.SwitchToSynchronous(5),)),
+    ],
+)
+def test_corrections_as_they_are_typed(text, expected):
+    assert make_method(resolve(changed(method__corrections=text)).method).corrections == expected
+
+
+def test_the_policy_that_is_kept_is_the_one_that_acts():
+    assert default_config().method.policy == "auto"
+    assert resolve(default_config()).method.policy == "stash"
+    assert resolve(changed(method__name="pipelined_bp")).method.policy == "current"
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "value", "words"),
+    [
+        ("steps", "adl", 2, "config.method.steps was 4, is 2"),
+        ("corrections", "fdg", "spike_compensation", "config.method.corrections was empty, is spike_compensation"),
+        ("head", "dgl", "linear", "config.method.head was mlp_sr, is linear"),
+    ],
+)
+def test_a_run_goes_on_with_the_same_method_only(key, name, value, words):
+    saved = json.loads(json.dumps(dataclasses.asdict(resolve(changed(method__name=name)))))
+    asked = resolve(changed(**{"method__name": name, f"method__{key}": value}))
+    assert differences(saved, asked) == [words]
+    before = {**saved, "method": {k: saved["method"][k] for k in ("name", "beta", "policy", "order")}}
+    assert differences(before, resolve(changed(method__name=name))) == []  # of before there were such keys
+    assert differences(before, asked) == [words]

@@ -25,8 +25,8 @@ from fdg_jax.schedule import BACKWARD, Op
 KEY = jax.random.key(0)
 METHODS = {
     "bp": methods.bp(),
-    **{policy: methods.fdg(0.5, policy) for policy in ("stash", "current", "recompute")},
-    "forward_first": methods.fdg(0.5, order="forward_first"),
+    **{policy: methods.fdg(policy=policy) for policy in ("stash", "current", "recompute")},
+    "forward_first": methods.fdg(order="forward_first"),
 }
 
 
@@ -144,6 +144,7 @@ def test_an_overflow_is_dropped_where_it_occurs_and_in_the_stages_before(at):
         [Flagged(k, overflows=k == at) for k in range(num_stages)],
         num_stages=num_stages,
         loss=lambda outputs, targets: softmax_cross_entropy(outputs[0], targets),
+        method=methods.fdg(),
         optimizer=optax.adam(0.01),
         skip_nonfinite=True,
     )
@@ -159,7 +160,7 @@ def test_an_overflow_is_dropped_where_it_occurs_and_in_the_stages_before(at):
 
 def test_a_stage_without_parameters_passes_the_news_on():
     network = [layers.Linear(6, 3, rngs=nnx.Rngs(0)), jnp.tanh, lambda x: 2 * x]
-    pipe = make_pipeline(network, skip_nonfinite=True, optimizer=optax.adam(0.01))
+    pipe = make_pipeline(network, method=methods.fdg(), skip_nonfinite=True, optimizer=optax.adam(0.01))
     state, _ = run(pipe, batches_with([1, 4]))
     assert pipe.faults(state) == [Fault(2, 1)] * 3
     assert int(optax.tree.get(state.stages[0].opt_state, "count")) == 4
@@ -171,7 +172,7 @@ def test_a_loss_may_be_infinite_where_its_gradient_is_not():
         return mean + jax.lax.stop_gradient(jnp.where(targets[0] > 0, jnp.inf, 0)), {"mean": mean}
 
     batches = [(x, np.full_like(labels, i == 2)) for i, (x, labels) in enumerate(tiny_batches(6))]
-    pipe = make_pipeline(loss=loss, optimizer=optax.adam(0.01), skip_nonfinite=True)
+    pipe = make_pipeline(loss=loss, method=methods.fdg(), optimizer=optax.adam(0.01), skip_nonfinite=True)
     state, _ = run(pipe, batches)
     assert pipe.faults(state) == [Fault(1, 2)] * 3
     assert [int(optax.tree.get(own.opt_state, "count")) for own in state.stages] == [5, 5, 5]

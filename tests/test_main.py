@@ -174,8 +174,7 @@ def test_an_interrupt_outside_the_loop_is_no_traceback(monkeypatch, capsys):
     flags = SimpleNamespace(FLAGS={"verbosity": SimpleNamespace(present=True)})
     monkeypatch.setattr(cli, "flags", flags)
     monkeypatch.setattr(cli.os, "_exit", ended.append)
-    with pytest.raises(UnboundLocalError):  # which _exit would not have come back for
-        cli.main(["fdg_jax"])
+    cli.main(["fdg_jax"])
     assert ended == [130]
     assert capsys.readouterr().err == "fdg_jax: stopped at once; what was written before is kept\n"
 

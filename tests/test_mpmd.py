@@ -354,7 +354,7 @@ def test_memos_are_donated_where_a_new_one_takes_their_place():
 
 def test_optimizer_states_count_each_stages_own_updates():
     """So schedules and Adam's bias correction follow the batch index on every stage (algorithms.md 12, pitfall iii)."""
-    pipe = make_pipeline(num_stages=3, optimizer=optax.adam(0.01))
+    pipe = make_pipeline(num_stages=3, method=methods.fdg(), optimizer=optax.adam(0.01))
     state = fed(pipe, 7)
     counts = [int(optax.tree.get(own.opt_state, "count")) for own in state.stages]
     assert counts == [7 - 4, 7 - 3, 7 - 2]

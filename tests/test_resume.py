@@ -270,7 +270,9 @@ def test_lines_that_were_cut_off_are_made_again(stopped, straight):
     assert_same_end(stopped, straight[0])
 
 
-@pytest.mark.parametrize("changes", [{"num_stages": 1}, {"num_stages": 4}, {"optim": {"name": "adamw"}}])
+@pytest.mark.parametrize(
+    "changes", [{"num_stages": 1}, {"num_stages": 4}, {"optim": {"name": "adamw"}, "method": {"beta": 1.0}}]
+)
 def test_the_weights_alone_go_on_under_other_settings(changes, stopped):
     """At the same batch, and with the learning rate of that batch."""
     _, notes = read_checkpoint(stopped / "checkpoints" / "step_000000007")

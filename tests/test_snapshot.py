@@ -89,7 +89,7 @@ def test_another_process_goes_on_with_the_same_bits(name, halves):
 
 
 @pytest.mark.parametrize(
-    "method", [*[methods.fdg(0.5, policy) for policy in POLICIES], methods.fdg(0.5, order="forward_first")], ids=str
+    "method", [*[methods.fdg(policy=policy) for policy in POLICIES], methods.fdg(order="forward_first")], ids=str
 )
 def test_saved_after_any_batch_of_filling_steady_state_or_draining_it_goes_on_the_same(method):
     pipe = make_pipeline(blocks(0), method=method, optimizer=optax.adam(0.01))
@@ -122,7 +122,7 @@ ACTIONS = ["step", "drain", "read", "predict", "snapshot", "restore"]
 def pipes():
     found = {}
     for policy in POLICIES:
-        pipe = make_pipeline(blocks(0), method=methods.fdg(0.5, policy), optimizer=optax.adam(0.01))
+        pipe = make_pipeline(blocks(0), method=methods.fdg(policy=policy), optimizer=optax.adam(0.01))
         found[policy] = pipe, pipe.init(jax.random.key(1), BATCHES[0][0])
     return found
 
@@ -217,9 +217,9 @@ def test_going_on_compiles_nothing_new(policy):
 
 
 def test_evaluation_after_restoring_is_evaluation_before():
-    pipe = make_pipeline(blocks(0), optimizer=optax.adam(0.01))
+    pipe = make_pipeline(blocks(0), method=methods.fdg(), optimizer=optax.adam(0.01))
     state, _ = run(pipe, BATCHES[:6], drain=False)
-    other = make_pipeline(blocks(3), optimizer=optax.adam(0.01))
+    other = make_pipeline(blocks(3), method=methods.fdg(), optimizer=optax.adam(0.01))
     restored = other.restore(other.init(jax.random.key(8), BATCHES[0][0]), through_json(pipe.snapshot(state)))
     np.testing.assert_array_equal(other.predict(restored, BATCHES[1][0]), pipe.predict(state, BATCHES[1][0]))
     assert_trees_close(other.params(restored), pipe.params(state), 0)
@@ -259,7 +259,7 @@ def test_old_weights_are_stored_once_each(policy):
 
 
 def test_every_number_is_used_and_every_leaf_described():
-    pipe = make_pipeline(blocks(0), optimizer=optax.adam(0.01))
+    pipe = make_pipeline(blocks(0), method=methods.fdg(), optimizer=optax.adam(0.01))
     state, _ = run(pipe, BATCHES[:6], drain=False)
     snapshot = pipe.snapshot(state)
     record = snapshot.record
@@ -452,8 +452,8 @@ def plain(*sizes):
             "stage 0's opt_state.1.trace.0.linear.bias is float32[5] in the checkpoint, missing here",
         ),
         (
-            {"optimizer": optim.sgd(0.1, 0.0)},
-            {"optimizer": optax.adam(0.1)},
+            {"method": methods.fdg(), "optimizer": optim.sgd(0.1, 0.0)},
+            {"method": methods.fdg(), "optimizer": optax.adam(0.1)},
             "stage 0's opt_state.0.count is missing in the checkpoint, int32[] here",
         ),
     ],
@@ -473,7 +473,9 @@ def test_a_snapshot_of_before_remat_was_recorded_had_none():
 
 
 def test_an_optimizer_that_counts_differently_is_refused_before_the_first_batch_too():
-    assert "opt_state.0.count is missing" in refusal(snapshot_of(num=0), optimizer=optax.adam(0.1))
+    assert "opt_state.0.count is missing" in refusal(
+        snapshot_of(num=0, method=methods.fdg()), method=methods.fdg(), optimizer=optax.adam(0.1)
+    )
 
 
 def test_another_batch_size_is_refused():

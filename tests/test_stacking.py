@@ -129,6 +129,6 @@ def test_blocks_stay_single_where_the_optimizer_could_tell():
     optimizer = optax.adamw(0.01, weight_decay=0.5, mask=spare_vectors)
     network = tiny_mlp(5)
     batches = tiny_batches(4)
-    automatic = make_pipeline(network, num_stages=2, optimizer=optimizer)
-    single = make_pipeline(network, num_stages=2, optimizer=optimizer, stack=False)
+    automatic = make_pipeline(network, num_stages=2, optimizer=optimizer, method=methods.fdg())
+    single = make_pipeline(network, num_stages=2, optimizer=optimizer, method=methods.fdg(), stack=False)
     assert_trees_close(automatic.params(run(automatic, batches)[0]), single.params(run(single, batches)[0]), 0)

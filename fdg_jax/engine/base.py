@@ -4,11 +4,12 @@ An engine interprets a schedule. It is made from a `Plan` and offers what `Engin
 a stage's device are `Worker`'s, the same for all engines.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -16,13 +17,28 @@ from fdg_jax.backward import Memo
 from fdg_jax.data.source import Feed
 from fdg_jax.methods import Method
 from fdg_jax.schedule import Schedule
-from fdg_jax.stage import Stage
+from fdg_jax.stage import Layer, Stage
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
 Loss = Callable[[PyTree, PyTree], jax.Array | tuple[jax.Array, Metrics]]
 INPUTS, TARGETS, COTANGENTS = "inputs", "targets", "cotangents"
 NO_FAULT = np.uint32(2**32 - 1)
+
+
+@dataclass(frozen=True)
+class Added:
+    """What a method adds to a stage for a loss of its own: a head, or a synthesiser of error gradients (see `local`).
+
+    Attributes:
+        layer: the network added, on the stage's outputs.
+        optimizer: of a synthesiser. A head has none: its parameters stand behind the stage's own and move with them.
+        reads_targets: so that they are sent to the stage.
+    """
+
+    layer: Layer
+    optimizer: optax.GradientTransformation | None = None
+    reads_targets: bool = True
 
 
 @dataclass(frozen=True)
@@ -34,12 +50,47 @@ class Plan:
     schedule: Schedule
     method: Method
     loss: Loss
-    optimizer: optax.GradientTransformation
+    optimizers: tuple[optax.GradientTransformation, ...]  # of every stage, with the corrections of its delay
+    added: tuple[Added | None, ...]  # to every stage
     skip_nonfinite: bool = False
 
     @property
     def last(self) -> int:
         return len(self.stages) - 1
+
+    @property
+    def with_loss(self) -> tuple[int, ...]:
+        """The stages that have a loss."""
+        return tuple(k for k in range(len(self.stages)) if self.head(k) or k == self.last)
+
+    @property
+    def with_targets(self) -> tuple[int, ...]:
+        """The stages that read targets."""
+        return tuple(k for k, added in enumerate(self.added) if k == self.last or (added and added.reads_targets))
+
+    def head(self, k: int) -> Layer | None:
+        """Of a loss on stage k's outputs."""
+        added = self.added[k]
+        return added.layer if added and added.optimizer is None else None
+
+    def synthesiser(self, k: int) -> tuple[Layer, optax.GradientTransformation] | None:
+        """Of the error gradient of stage k's outputs, and its optimizer."""
+        added = self.added[k]
+        return (added.layer, added.optimizer) if added and added.optimizer else None
+
+    def num_previous(self, k: int) -> int:
+        """Older versions of its parameters that stage k's forwards use, today's not counted."""
+        if self.schedule.double_buffered:
+            return 1
+        return k if self.method.vertical_sync else 0
+
+
+class Synthesis(NamedTuple):
+    """What a synthesiser owns."""
+
+    params: PyTree
+    state: PyTree
+    opt_state: PyTree
 
 
 class StageState(NamedTuple):
@@ -53,6 +104,10 @@ class StageState(NamedTuple):
     # these, or NO_FAULT. One array, because the host pays for each that a call takes.
     counts: jax.Array
     totals: Metrics  # () float32 sums over batches since they were last read; empty but on the last stage
+    # What only some methods have; empty with the others.
+    accumulated: PyTree = ()  # gradients since the last update, and their number, where an update answers several
+    previous: tuple = ()  # parameters before the last updates, the newest first, where forwards use them
+    synthesis: Synthesis | tuple = ()
 
     @property
     def batch(self) -> jax.Array:
@@ -75,7 +130,7 @@ class Fault:
 class FirstFault(NamedTuple):
     """Where numbers first were not finite: the stage, the batch that it answered, and the tick of the schedule.
 
-    Ticks are counted from the one in which batch 0 entered, as if the pipeline had never been drained.
+    Ticks are counted from the one in which batch 0 entered, as if the pipeline had never been drained but for a switch.
     """
 
     stage: int
@@ -105,14 +160,17 @@ class Engine(Protocol):
     plan: Plan
     workers: dict[int, Any]  # `Worker`s traced so far, by stage
 
+    def at(self, state: State) -> "Engine":
+        """The engine that works on this state: itself, but where a method switches to another schedule."""
+
     def init(self, params: list[PyTree], state: list[PyTree], key: jax.Array, first_batch: int = 0) -> State:
         """The state before batch `first_batch`, the first to come; params and state come one tree a layer."""
 
     def expect(self, state: State, targets: PyTree) -> None:
         """Traces the last stage for targets of these shapes; the first step does so by itself."""
 
-    def step(self, state: State, inputs: PyTree, targets: PyTree) -> tuple[State, Metrics | None]:
-        """Feeds a batch and runs one period of the schedule; metrics of the batch that left the last stage, if any."""
+    def step(self, state: State, inputs: PyTree, targets: PyTree) -> tuple[State, list[Metrics]]:
+        """Feeds a batch and runs the schedule until the next one is due; metrics of what left the last stage."""
 
     def run(self, state: State, feed: Feed, num_batches: int) -> tuple[State, Metrics | None]:
         """So many steps, with the batches of the feed; metrics of those that left the last stage, stacked."""
@@ -122,3 +180,19 @@ class Engine(Protocol):
 
     def predict(self, state: State, inputs: PyTree) -> PyTree:
         """Outputs in evaluation form on the weights of the moment."""
+
+    def tick_of_answer(self, k: int, batch: int) -> int:
+        """The tick in which stage k answers the batch, counted as in `FirstFault`."""
+
+
+def split(tree: PyTree, num: int) -> list[PyTree]:
+    """A batch in `num` micro-batches of equal length, in order; it must be divisible."""
+    if num == 1:
+        return [tree]
+    return [jax.tree.map(lambda x, m=m: x[m * len(x) // num : (m + 1) * len(x) // num], tree) for m in range(num)]
+
+
+def join(parts: Sequence[Metrics | None]) -> Metrics | None:
+    """Metrics with a leading axis, one after another; None where there are none."""
+    found = [each for each in parts if each]
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *found) if found else None

@@ -22,15 +22,15 @@ from jax import lax
 from fdg_jax import schedule as schedules
 from fdg_jax.backward import Memo
 from fdg_jax.data.source import Feed
-from fdg_jax.engine.base import COTANGENTS, INPUTS, TARGETS, Metrics, PyTree, StageState, State
+from fdg_jax.engine.base import COTANGENTS, INPUTS, TARGETS, Metrics, PyTree, StageState, State, join, split
 from fdg_jax.engine.mpmd import Mpmd
-from fdg_jax.engine.worker import Arrival, pattern, updates_first
-from fdg_jax.schedule import BACKWARD, FORWARD, UPDATE, Op, Visit
+from fdg_jax.engine.worker import MEMO, Arrival, pattern, updates_first
+from fdg_jax.schedule import FORWARD, UPDATE, Op, Visit
 from fdg_jax.stacking import fast_in_loops
+from fdg_jax.stage import Stage
 
 log = logging.getLogger(__name__)
 CAPACITY = 256  # batches a call at most, for each of which it keeps the metrics
-MEMO = "memo"
 
 
 class Queue(NamedTuple):
@@ -53,17 +53,29 @@ class Fused(Mpmd):
         if not self._loops_well(state):
             return super().run(state, feed, num_batches)
         feed = self._nearby(feed)
-        filling = min(num_batches, max(0, self._steady_from - (state.fed - state.origin)))
+        filling = min(num_batches, self._until_steady(state))
+        periods, rest = divmod(num_batches - filling, self._batches_a_period)
         state, metrics = super().run(state, feed, filling)
-        parts = [metrics] if metrics else []
-        for start in range(filling, num_batches, CAPACITY):
-            state, metrics = self._loop(state, feed, min(CAPACITY, num_batches - start))
+        parts: list[Metrics | None] = [metrics]
+        for start in range(0, periods, CAPACITY):
+            state, metrics = self._loop(state, feed, min(CAPACITY, periods - start))
             parts.append(metrics)
-        return state, jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if parts else None
+        state, metrics = super().run(state, feed, rest)
+        return state, join([*parts, metrics])
+
+    @property
+    def _batches_a_period(self) -> int:
+        return self.plan.schedule.group // self.plan.method.micro_batches
+
+    def _until_steady(self, state: State) -> int:
+        """Batches until every period does the same, and one begins."""
+        group, entered = self.plan.schedule.group, state.fed - state.origin
+        begins = max(self._steady_from, -(-entered // group)) * group
+        return (begins - entered) // self.plan.method.micro_batches
 
     @cached_property
     def _steady_from(self) -> int:
-        """Batches after which every period does the same: the first one has left the pipeline, every stage has updated.
+        """Periods after which all do the same: the first group has left the pipeline, every stage has updated.
 
         Some optimizers' states are of other dtypes after the first update, and a loop wants them as they stay.
         """
@@ -73,7 +85,7 @@ class Fused(Mpmd):
         """Whether a loop costs what its body costs: on a CPU device where no convolution has JAX's own gradient."""
         if self._is_fast is None:
             self._is_fast = self.devices[0].platform != "cpu" or all(
-                fast_in_loops(partial(stage.apply, train=True), own.params, own.state, inputs, own.key)
+                fast_in_loops(partial(stage.apply, train=True), *_own_layers(stage, own), inputs, own.key)
                 for stage, own, inputs in zip(self.plan.stages, state.stages, self.plan.shapes, strict=True)
             )
             if not self._is_fast:
@@ -92,28 +104,31 @@ class Fused(Mpmd):
     _is_fast: bool | None = None
     _running_call: jax.Array | None = None
 
-    def _loop(self, state: State, feed: Feed, num_batches: int) -> tuple[State, Metrics]:
-        """Feeds `num_batches` batches to a pipeline in its steady state, in one call."""
-        state = self._with_totals(state, jax.eval_shape(feed.at, feed.data, jnp.uint32(0))[1])
+    def _loop(self, state: State, feed: Feed, num_periods: int) -> tuple[State, Metrics]:
+        """Feeds the batches of so many periods to a pipeline in its steady state, in one call."""
+        micro = self.plan.method.micro_batches
+        targets = jax.eval_shape(lambda data, i: split(feed.at(data, i)[1], micro)[0], feed.data, jnp.uint32(0))
+        state = self._with_totals(state, targets)
         queues = _queues(state)
         donated, kept = _parted(state, queues, self._overwritten)
-        numbers = np.uint32(state.fed), np.int32(num_batches)
+        numbers = np.uint32(state.fed // micro), np.int32(num_periods)
         stages, values, metrics = self._periods_program(queues, feed.at, donated, kept, feed.data, *numbers)
         previous, self._running_call = self._running_call, metrics["loss"]
         jax.block_until_ready(previous)  # while the device works on one call, one more waits, and holds memory
-        fed = state.fed + num_batches
+        fed = state.fed + num_periods * self.plan.schedule.group
         boxes: dict[str, dict] = {"inbox": {}, "outbox": {}, "memos": {}}
         for queue, each in zip(queues, values, strict=True):
             for j, (box, value) in enumerate(zip(queue.boxes, each, strict=True)):
                 boxes[box][_key(queue, fed + queue.oldest + j)] = value
         state = self._sharing_weights(State(fed, state.origin, tuple(stages), **boxes))
-        return state, {name: each[:num_batches] for name, each in metrics.items()}
+        return state, {name: each[:num_periods].reshape(-1) for name, each in metrics.items()}
 
     @cached_property
     def _overwritten(self) -> tuple[str, ...]:
         """Fields of a stage's state to which no memo refers, so that their memory may be used again."""
         todays_weights = all(worker.todays_weights for worker in self.workers.values())
-        return ("opt_state", "counts", "totals", *(["params"] if todays_weights else []))
+        keeps = not todays_weights or any(map(self.plan.num_previous, range(len(self.devices))))
+        return ("opt_state", "counts", "totals", "accumulated", "synthesis", *([] if keeps else ["params"]))
 
     @cached_property
     def _periods_program(self) -> Callable:
@@ -121,30 +136,38 @@ class Fused(Mpmd):
 
     def _periods(self, queues, at, donated, kept, data, first, count):
         """`count` periods of the steady state, in which the batches `first`, `first` + 1, .. enter."""
+        group, micro = self.plan.schedule.group, self.plan.method.micro_batches
         stages, values = _joined(donated, kept)
-        rings, newest = [_ring(each) for each in values], [each[-1] for each in values]
-        reported = {name: jnp.zeros(CAPACITY, jnp.float32) for name in stages[-1].totals if name != "batches"}
+        rings, newest = [_ring(each) for each in values], [each[-group:] for each in values]
+        reported = {name: jnp.zeros((CAPACITY, group), jnp.float32) for name in stages[-1].totals if name != "batches"}
 
         def filed(n, rings, newest):
             """What the period before has left is written only now: before its end the ring was still being read."""
-            return [_written(*each, n) for each in zip(queues, rings, newest, strict=True)]
+            return [_written(*each, n * group) for each in zip(queues, rings, newest, strict=True)]
 
         def period(n, carry):
             stages, rings, newest, reported = carry
             rings = filed(n, rings, newest)
-            walk = _Period(self, stages, dict(zip(queues, rings, strict=True)), n)
-            walk.go(at(data, first + n.astype(jnp.uint32)))
-            newest = [walk.new[queue.kind, queue.stage, queue.oldest + queue.size] for queue in queues]
-            reported = jax.tree.map(lambda all_, one: all_.at[n].set(one), reported, walk.metrics)
+            walk = _Period(self, stages, dict(zip(queues, rings, strict=True)), n * group)
+            numbers = [first + (n * (group // micro) + j).astype(jnp.uint32) for j in range(group // micro)]
+            walk.go([pair for i in numbers for pair in zip(*(split(x, micro) for x in at(data, i)), strict=True)])
+            newest = [walk.entered(queue, group) for queue in queues]
+            reported = jax.tree.map(lambda all_, *one: all_.at[n].set(jnp.stack(one)), reported, *walk.metrics)
             return walk.stages, rings, newest, reported
 
         stages, rings, newest, reported = lax.fori_loop(0, count, period, (stages, rings, newest, reported))
         rings = filed(count, rings, newest)
-        return stages, [_unrolled(ring, queue.size, count) for ring, queue in zip(rings, queues, strict=True)], reported
+        return (
+            stages,
+            [_unrolled(ring, queue.size, count * group) for ring, queue in zip(rings, queues, strict=True)],
+            reported,
+        )
 
     def _sharing_weights(self, state: State) -> State:
         """The newest memos refer to today's weights again, where no update has come since their forward."""
         memos = dict(state.memos)
+        if self.plan.schedule.double_buffered or any(each.predicts for each in self.plan.method.corrections):
+            return state  # forwards use others
         for k, number in memos:
             if self._is_of_today(k, number - state.fed):
                 leaves = jax.tree.leaves(state.stages[k].params)
@@ -155,27 +178,29 @@ class Fused(Mpmd):
 
     def _is_of_today(self, k: int, offset: int) -> bool:
         """Whether stage k updates nothing between the forward of the batch `offset` after the next and that one."""
-        schedule, base = self.plan.schedule, 2 * self._steady_from
-        ticks = range((base + offset) * schedule.period, base * schedule.period)
-        kinds = [op for tick in ticks for op in schedules.row(schedule, tick)[k]]
-        forward = kinds.index(Op(FORWARD, base + offset))
-        return all(op.kind != UPDATE for op in kinds[forward:])
+        schedule, periods = self.plan.schedule, 2 * self._steady_from
+        forward = Op(FORWARD, periods * schedule.group + offset)
+        ticks = range(schedules.tick_of(schedule, k, forward), periods * schedule.period)
+        ops = [op for tick in ticks for op in schedules.row(schedule, tick)[k]]
+        return all(op.kind != UPDATE for op in ops[ops.index(forward) :]) and not self.plan.num_previous(k)
 
 
 class _Period:
-    """One period of the steady state under trace; batches are numbered from the one that comes next."""
+    """One period of the steady state under trace; what travels is numbered from what comes next."""
 
-    def __init__(self, engine: Fused, stages: list[StageState], rings: dict[Queue, PyTree], n: jax.Array):
-        self.plan, self.workers, self.stages, self.n = engine.plan, engine.workers, stages, n
+    def __init__(self, engine: Fused, stages: list[StageState], rings: dict[Queue, PyTree], entered: jax.Array):
+        self.plan, self.workers, self.stages, self.n = engine.plan, engine.workers, stages, entered
         self.rings = {(queue.kind, queue.stage): (queue, ring) for queue, ring in rings.items()}
-        self.base = engine._steady_from
+        self.first_tick = engine._steady_from * self.plan.schedule.period
+        self.base = engine._steady_from * self.plan.schedule.group
         self.new: dict[tuple[str, int, int], PyTree] = {}
-        self.metrics: Metrics = {}
+        self.metrics: list[Metrics] = []
 
-    def go(self, batch: tuple[PyTree, PyTree]) -> None:
-        period = self.plan.schedule.period
-        self.new[INPUTS, 0, 0], self.new[TARGETS, self.plan.last, 0] = batch
-        for tick in range(self.base * period, (self.base + 1) * period):
+    def go(self, batches: list[tuple[PyTree, PyTree]]) -> None:
+        for offset, (inputs, targets) in enumerate(batches):
+            self.new[INPUTS, 0, offset] = inputs
+            self.new.update({(TARGETS, k, offset): targets for k in self.plan.with_targets})
+        for tick in range(self.first_tick, self.first_tick + self.plan.schedule.period):
             for k, visit in enumerate(schedules.row(self.plan.schedule, tick)):
                 if visit:
                     self._visit(k, visit)
@@ -189,24 +214,18 @@ class _Period:
         params = own.params if updates_first(visit) else before.params
         for batch, arrival, departure in zip(batches, arrivals, departures, strict=True):
             offset = batch - self.base
-            if departure.saved is not None:
-                memo = worker.trace.memo(departure.saved, params, arrival.inputs, before.state, departure.outputs)
+            if memo := worker.memo(arrival, departure, params, before.state):
                 self.new[MEMO, k, offset] = memo
-            if departure.outputs is not None:
+            if departure.outputs is not None and k < self.plan.last:
                 self.new[INPUTS, k + 1, offset] = departure.outputs
             if departure.cotangents is not None and k > 0:
                 self.new[COTANGENTS, k - 1, offset] = departure.cotangents
-            self.metrics = departure.metrics or self.metrics
+            self.metrics += [departure.metrics] if departure.metrics else []
 
     def _receive(self, k: int, batch: int, visit: Visit) -> Arrival:
-        forward, backward = Op(FORWARD, batch) in visit, Op(BACKWARD, batch) in visit
-        last, take = self.plan.last, partial(self._take, k=k, offset=batch - self.base)
-        return Arrival(
-            inputs=take(INPUTS) if forward else None,
-            targets=take(TARGETS) if forward and k == last else None,
-            cotangents=take(COTANGENTS) if backward and k < last else None,
-            memo=take(MEMO) if backward and not forward else None,
-        )
+        kinds = [op.kind for op in visit if op.batch == batch]
+        wanted = self.workers[k].receives(kinds)
+        return Arrival(**{kind: self._take(kind, k, batch - self.base) for kind in wanted})
 
     def _take(self, kind: str, k: int, offset: int) -> PyTree:
         if (kind, k, offset) in self.new:
@@ -215,6 +234,16 @@ class _Period:
         if queue.size == 1:
             return ring
         return _read(ring, (self.n + offset - queue.oldest) % queue.size)
+
+    def entered(self, queue: Queue, group: int) -> list[PyTree]:
+        """What is new in a queue at the end, the oldest first."""
+        end = queue.oldest + queue.size + group
+        return [self.new[queue.kind, queue.stage, offset] for offset in range(end - min(group, queue.size), end)]
+
+
+def _own_layers(stage: Stage, own: StageState) -> tuple[list, list]:
+    """Parameters and state of a stage without its head, whose layers are ours and fast."""
+    return own.params[: len(stage.groups)], own.state[: len(stage.groups)]
 
 
 def _queues(state: State) -> tuple[Queue, ...]:
@@ -262,12 +291,14 @@ def _ring(values: list[PyTree]) -> PyTree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *values) if len(values) > 1 else values[0]
 
 
-def _written(queue: Queue, ring: PyTree, newest: PyTree, n: jax.Array) -> PyTree:
-    """The ring after `n` periods, with the newest value in the place of the oldest before it."""
+def _written(queue: Queue, ring: PyTree, newest: list[PyTree], n: jax.Array) -> PyTree:
+    """The ring after `n` have entered, the newest in the places of those that were the oldest before."""
     if queue.size == 1:
-        return newest
-    place = (n + queue.size - 1) % queue.size
-    return jax.tree.map(lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, place, 0), ring, newest)
+        return newest[-1]
+    for j, value in enumerate(reversed(newest)):
+        put = partial(lax.dynamic_update_index_in_dim, index=(n + queue.size - 1 - j) % queue.size, axis=0)
+        ring = jax.tree.map(lambda leaf, new, put=put: put(leaf, new), ring, value)
+    return ring
 
 
 def _read(ring: PyTree, place: jax.Array) -> PyTree:
@@ -275,5 +306,5 @@ def _read(ring: PyTree, place: jax.Array) -> PyTree:
 
 
 def _unrolled(ring: PyTree, size: int, n: jax.Array) -> list[PyTree]:
-    """The values of a ring after `n` periods, the oldest first."""
+    """The values of a ring after `n` have entered, the oldest first."""
     return [ring] if size == 1 else [_read(ring, (n + j) % size) for j in range(size)]

@@ -22,11 +22,25 @@ import numpy as np
 from fdg_jax import schedule as schedules
 from fdg_jax.backward import Memo
 from fdg_jax.data.source import Feed
-from fdg_jax.engine.base import COTANGENTS, INPUTS, NO_FAULT, TARGETS, Metrics, Plan, PyTree, StageState, State
-from fdg_jax.engine.worker import Arrival, Departure, Pattern, Worker, pattern, updates_first
-from fdg_jax.schedule import BACKWARD, FORWARD, Visit
+from fdg_jax.engine.base import (
+    COTANGENTS,
+    INPUTS,
+    NO_FAULT,
+    TARGETS,
+    Metrics,
+    Plan,
+    PyTree,
+    StageState,
+    State,
+    Synthesis,
+    split,
+)
+from fdg_jax.engine.worker import MEMO, Arrival, Departure, Pattern, Worker, pattern, updates_first
+from fdg_jax.schedule import BACKWARD, FORWARD, Op, Visit
+from fdg_jax.stage import Layer
 
 RUN_AHEAD = 8  # batches: an XLA:CPU device takes 32 computations before it blocks the host; a GPU's queue holds memory
+MESSAGES = (INPUTS, TARGETS, COTANGENTS)  # as `Arrival` has them
 
 
 class Mpmd:
@@ -47,31 +61,42 @@ class Mpmd:
         self._evaluations = [jax.jit(partial(self._evaluate, k)) for k in range(len(self.devices))]
         self._running: deque[jax.Array] = deque()
 
+    def at(self, state: State) -> "Mpmd":
+        return self
+
     def init(self, params: list[PyTree], state: list[PyTree], key: jax.Array, first_batch: int = 0) -> State:
         stages = []
         for k, (stage, device) in enumerate(zip(self.plan.stages, self.devices, strict=True)):
             layers = slice(stage.start, stage.start + len(stage.layers))
-            own = stage.stack(params[layers]), stage.stack(state[layers])
+            own: tuple[list[PyTree], ...] = stage.stack(params[layers]), stage.stack(state[layers])
+            if head := self.plan.head(k):
+                own = tuple([*trees, added] for trees, added in zip(own, _added(head, self.plan, k, key), strict=True))
             counts = np.array([first_batch, first_batch, 0, NO_FAULT], np.uint32)
             own_params, own_state, own_key, counts = jax.device_put((*own, key, counts), device)
-            opt_state = jax.device_put(jax.jit(self.plan.optimizer.init)(own_params), device)
-            stages.append(StageState(own_params, own_state, opt_state, own_key, counts, totals={}))
-            if k < self.plan.last:  # the last stage is traced when the shapes of the targets are known
+            opt_state = jax.device_put(jax.jit(self.plan.optimizers[k].init)(own_params), device)
+            accumulated = jax.device_put(_no_gradients(own_params), device) if self.plan.schedule.group > 1 else ()
+            previous = (own_params,) * self.plan.num_previous(k)
+            synthesis = jax.device_put(_synthesis(self.plan, k, key), device)
+            optional = accumulated, previous, synthesis
+            stages.append(StageState(own_params, own_state, opt_state, own_key, counts, {}, *optional))
+            if k not in self.plan.with_loss:  # the others are traced when the shapes of the targets are known
                 self.workers[k] = Worker(self.plan, k, stages[k])
         return State(fed=first_batch, origin=first_batch, stages=tuple(stages), inbox={}, outbox={}, memos={})
 
     def expect(self, state: State, targets: PyTree) -> None:
-        if self.plan.last not in self.workers:
-            self.workers[self.plan.last] = Worker(self.plan, self.plan.last, state.stages[-1], targets)
+        for k in range(len(self.devices)):
+            if k not in self.workers:
+                self.workers[k] = Worker(self.plan, k, state.stages[k], targets)
 
-    def step(self, state: State, inputs: PyTree, targets: PyTree) -> tuple[State, Metrics | None]:
-        period, fed = self.plan.schedule.period, state.fed - state.origin
-        walk = _Walk(self, self._with_totals(state, targets))
-        walk.outbox[INPUTS, 0, state.fed] = _own_copy(inputs)
-        walk.outbox[TARGETS, self.plan.last, state.fed] = _own_copy(targets)
-        for tick in range(fed * period, (fed + 1) * period):
-            walk.tick(tick, fed + 1)
-        return walk.state(fed=state.fed + 1, origin=state.origin), walk.metrics[-1] if walk.metrics else None
+    def step(self, state: State, inputs: PyTree, targets: PyTree) -> tuple[State, list[Metrics]]:
+        pieces = [split(_own_copy(tree), self.plan.method.micro_batches) for tree in (inputs, targets)]
+        walk = _Walk(self, self._with_totals(state, pieces[1][0]))
+        fed = state.fed
+        for fed, (x, y) in enumerate(zip(*pieces, strict=True), state.fed + 1):
+            walk.outbox[INPUTS, 0, fed - 1] = x
+            walk.outbox.update({(TARGETS, k, fed - 1): y for k in self.plan.with_targets})
+            walk.ticks(fed - 1 - state.origin, fed - state.origin)
+        return walk.state(fed, state.origin), walk.metrics
 
     def _with_totals(self, state: State, targets: PyTree) -> State:
         """The last stage is traced here, when the first batch brings the shapes of the targets, and gets its sums."""
@@ -86,15 +111,15 @@ class Mpmd:
     def run(self, state: State, feed: Feed, num_batches: int) -> tuple[State, Metrics | None]:
         left = []
         for _ in range(num_batches):
-            state, metrics = self.step(state, *feed.batch(state.fed))
-            left += [metrics] if metrics else []
+            state, metrics = self.step(state, *feed.batch(state.fed // self.plan.method.micro_batches))
+            left += metrics
         return state, jax.tree.map(lambda *values: jnp.stack(values), *left) if left else None
 
     def drain(self, state: State) -> tuple[State, list[Metrics]]:
-        schedule, fed = self.plan.schedule, state.fed - state.origin
         walk = _Walk(self, state)
-        for tick in range(fed * schedule.period, schedules.num_ticks(schedule, fed)):
-            walk.tick(tick, fed)
+        walk.ticks(state.fed - state.origin, None)
+        if self.plan.method.vertical_sync:  # the next batches begin anew, with one version on all stages
+            walk.stages = [own._replace(previous=(own.params,) * len(own.previous)) for own in walk.stages]
         return walk.state(fed=state.fed, origin=state.fed), walk.metrics
 
     def predict(self, state: State, inputs: PyTree) -> PyTree:
@@ -103,8 +128,12 @@ class Mpmd:
             inputs = evaluate(own.params, own.state, jax.device_put(inputs, device))
         return inputs
 
+    def tick_of_answer(self, k: int, batch: int) -> int:
+        return schedules.tick_of(self.plan.schedule, k, Op(BACKWARD, batch))
+
     def _evaluate(self, k: int, params: list, state: list, inputs: PyTree) -> PyTree:
-        outputs, _ = self.plan.stages[k].apply(params, state, inputs, jax.random.key(0), train=False)
+        stage, groups = self.plan.stages[k], len(self.plan.stages[k].groups)  # without a head
+        outputs, _ = stage.apply(params[:groups], state[:groups], inputs, jax.random.key(0), train=False)
         return outputs
 
     def row(self, tick: int, num_batches: int) -> tuple[int, list["Call"]]:
@@ -136,14 +165,15 @@ class Program:
     """The compiled visit of stage k and a pattern, and what the host must know to call it."""
 
     def __init__(self, worker: Worker, k: int, pattern: Pattern):
-        self.k, self.trace, self.updates_first = k, worker.trace, updates_first(pattern)
-        self.kinds = ["".join(kind for kind, m in pattern if m == n) for n in _batches(pattern)]  # e.g. ["BU", "F"]
+        self.k, self.worker, self.updates_first = k, worker, updates_first(pattern)
+        kinds = ["".join(kind for kind, m in pattern if m == n) for n in _batches(pattern)]  # e.g. ["BU", "F"]
+        self.receives = [worker.receives(each) for each in kinds]
         self.changed = worker.changes(pattern)
         # What memos refer to lives on in them, old weights under stash above all: it is replaced, the rest overwritten.
-        lasting = {source.tree for source in worker.trace.held}
+        lasting = {"previous", *(source.tree for source in worker.trace.held)}
+        lasting |= {"params"} if "previous" in self.changed else set()
         self.donated = tuple(field for field in self.changed if field not in lasting)
-        needed = ("params", "state", "key") if any(FORWARD in kinds for kinds in self.kinds) else ("params",)
-        self.read = tuple(field for field in needed if field not in self.donated)
+        self.read = tuple(field for field in worker.reads(pattern) if field not in self.donated)
 
         def run(donated: list, spent: list, read: list, rest: list[tuple]):
             fields = dict(zip((*self.donated, *self.read), (*donated, *read), strict=True))
@@ -155,7 +185,7 @@ class Program:
             return [getattr(own, field) for field in self.changed], departures
 
         # Donating a memo's arrays pays where those of a new memo, of the same shapes, can take their place.
-        makes_memo = any(FORWARD in kinds and BACKWARD not in kinds for kinds in self.kinds)
+        makes_memo = any(FORWARD in each and BACKWARD not in each for each in kinds)
         self.compiled = jax.jit(run, donate_argnums=(0, 1) if makes_memo else (0,))
 
     def __call__(self, own: StageState, arrivals: list[Arrival]) -> tuple[StageState, list[Departure]]:
@@ -178,6 +208,26 @@ def _batches(visit: Visit | Pattern) -> tuple[int, ...]:
     return tuple(dict.fromkeys(batch for _, batch in visit))
 
 
+def _added(layer: Layer, plan: Plan, k: int, key: jax.Array) -> tuple[PyTree, PyTree]:
+    """Parameters and state of what is added to a stage."""
+    return layer.init(jax.random.fold_in(key, k), plan.shapes[k + 1])
+
+
+def _synthesis(plan: Plan, k: int, key: jax.Array) -> Synthesis | tuple:
+    """What the synthesiser of a stage owns, where there is one."""
+    synthesiser = plan.synthesiser(k)
+    if synthesiser is None:
+        return ()
+    layer, optimizer = synthesiser
+    params, state = _added(layer, plan, k, key)
+    return Synthesis(params, state, jax.jit(optimizer.init)(params))
+
+
+def _no_gradients(params: PyTree) -> PyTree:
+    """None accumulated yet."""
+    return {"number": np.zeros((), np.float32), "gradients": jax.tree.map(jnp.zeros_like, params)}
+
+
 def _own_copy(tree: PyTree) -> PyTree:
     """Host arrays copied: on a CPU device JAX may use their memory as it is, and memos outlive the caller's buffer."""
     return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else np.array(leaf), tree)
@@ -195,6 +245,17 @@ class _Walk:
     def state(self, fed: int, origin: int) -> State:
         return State(fed, origin, tuple(self.stages), self.inbox, self.outbox, self.memos)
 
+    def ticks(self, fed: int, num_batches: int | None) -> None:
+        """From the tick in which number `fed` enters: until the next one does, or to the end of `fed` (None)."""
+        schedule = self.engine.plan.schedule
+        first = schedules.tick_of(schedule, 0, Op(FORWARD, fed))
+        if num_batches is None:
+            end, num_batches = schedules.num_ticks(schedule, fed), fed
+        else:
+            end = schedules.tick_of(schedule, 0, Op(FORWARD, num_batches))
+        for tick in range(first, end):
+            self.tick(tick, num_batches)
+
     def tick(self, tick: int, num_batches: int) -> None:
         self._deliver()
         answered, calls = self.engine.row(tick, num_batches)
@@ -211,14 +272,14 @@ class _Walk:
 
     def _visit(self, program: Program, numbers: list[int]) -> None:
         k, before = program.k, self.stages[program.k]
-        arrivals = [self._receive(k, number, kinds) for number, kinds in zip(numbers, program.kinds, strict=True)]
+        arrivals = [self._receive(k, number, kinds) for number, kinds in zip(numbers, program.receives, strict=True)]
         self.stages[k], departures = program(before, arrivals)
         weights = self.stages[k].params if program.updates_first else before.params
         for number, arrival, departure in zip(numbers, arrivals, departures, strict=True):
-            outputs, cotangents, saved, metrics = departure
-            if saved is not None:
-                self.memos[k, number] = program.trace.memo(saved, weights, arrival.inputs, before.state, outputs)
-            if outputs is not None:
+            outputs, _, cotangents, _, metrics = departure
+            if memo := program.worker.memo(arrival, departure, weights, before.state):
+                self.memos[k, number] = memo
+            if outputs is not None and k < self.last:
                 self.outbox[INPUTS, k + 1, number] = outputs
             if cotangents is not None and k > 0:
                 self.outbox[COTANGENTS, k - 1, number] = cotangents
@@ -226,12 +287,10 @@ class _Walk:
                 self.metrics.append(metrics)
                 self.engine.bound_run_ahead(metrics["loss"])
 
-    def _receive(self, k: int, number: int, kinds: str) -> Arrival:
+    def _receive(self, k: int, number: int, kinds: list[str]) -> Arrival:
         """Takes from the inbox and the memos what the operations on a batch read."""
-        forward, backward = FORWARD in kinds, BACKWARD in kinds
-        return Arrival(
-            inputs=self.inbox.pop((INPUTS, k, number)) if forward else None,
-            targets=self.inbox.pop((TARGETS, k, number)) if forward and k == self.last else None,
-            cotangents=self.inbox.pop((COTANGENTS, k, number)) if backward and k < self.last else None,
-            memo=self.memos.pop((k, number)) if backward and not forward else None,
+        memo = self.memos.pop((k, number)) if MEMO in kinds else None
+        inputs, targets, cotangents = (
+            self.inbox.pop((kind, k, number)) if kind in kinds else None for kind in MESSAGES
         )
+        return Arrival(inputs, targets, cotangents, memo)

@@ -1,5 +1,6 @@
 """One stage's training as pure functions: forward, backward and update, put together into the program of a visit."""
 
+from collections.abc import Collection
 from functools import partial, reduce
 from typing import NamedTuple
 
@@ -8,10 +9,24 @@ import jax.numpy as jnp
 import optax
 
 from fdg_jax.backward import Memo, Trace
-from fdg_jax.engine.base import NO_FAULT, Metrics, Plan, PyTree, StageState
+from fdg_jax.corrections import correct_gradient, cotangent_factor, forward_weights
+from fdg_jax.engine.base import (
+    COTANGENTS,
+    INPUTS,
+    NO_FAULT,
+    TARGETS,
+    Metrics,
+    Plan,
+    PyTree,
+    StageState,
+    Synthesis,
+)
+from fdg_jax.local import synthesis_loss, synthesise
 from fdg_jax.metrics import call_loss
-from fdg_jax.schedule import BACKWARD, FORWARD, UPDATE, Visit, delay, staleness
+from fdg_jax.schedule import BACKWARD, FORWARD, SYNTHESIS, UPDATE, Visit, delay
+from fdg_jax.stage import describe
 
+MEMO = "memo"
 Pattern = tuple[tuple[str, int], ...]
 
 
@@ -28,7 +43,7 @@ def updates_first(visit: Visit | Pattern) -> bool:
 
 
 class Arrival(NamedTuple):
-    """What a visit reads of one batch; None is what its pattern does not read."""
+    """What a visit reads of one batch, by the kinds of messages, and MEMO; None is what its pattern does not read."""
 
     inputs: PyTree = None
     targets: PyTree = None
@@ -40,6 +55,7 @@ class Departure(NamedTuple):
     """What a visit leaves of one batch; None is what its pattern does not make."""
 
     outputs: PyTree = None
+    weights: PyTree = None  # of the forward, where they are others than the stage's
     cotangents: list[jax.Array] | None = None
     saved: list[jax.Array] | None = None
     metrics: Metrics | None = None
@@ -52,7 +68,7 @@ class Worker:
         plan: of the run.
         k: the stage.
         own: the stage's state; its values do not matter.
-        targets: arrays or shapes; only the last stage reads them.
+        targets: arrays or shapes; only a stage with a loss reads them.
 
     Raises:
         ValueError: the policy is *current* and a parameter cannot be refreshed, or the loss function gives no scalar.
@@ -60,10 +76,13 @@ class Worker:
 
     def __init__(self, plan: Plan, k: int, own: StageState, targets: PyTree = None):
         self._plan, self._k, self._stage = plan, k, plan.stages[k]
-        self._is_last = k == plan.last
-        policy, stale = plan.method.policy, staleness(plan.schedule)[k] > 0
+        self._is_last, self._head, self._synthesiser = k == plan.last, plan.head(k), plan.synthesiser(k)
+        self._has_loss = self._is_last or self._head is not None
+        self._optimizer, self._corrections = plan.optimizers[k], plan.method.corrections
+        policy, stale = plan.method.policy, plan.method.staleness(plan.schedule)[k] > 0
         # Where no update falls between forward and backward the policies coincide, and need no weights of old.
         self.todays_weights = policy != "stash" or not stale
+        self._compares = not self.todays_weights and any(each.compares_weights for each in self._corrections)
         self.trace = Trace(
             self._train,
             own.params,
@@ -71,20 +90,29 @@ class Worker:
             own.state,
             own.key,
             own.batch,
-            targets,
+            targets if self._has_loss else None,
             remat=policy == "recompute" and delay(plan.schedule)[k] > 0,
             todays_weights=self.todays_weights,
-            differentiate_inputs=k > 0,
+            holds_params=self._compares,
+            holds_outputs=self._has_loss and delay(plan.schedule)[k] > 0,
+            differentiate_inputs=k > 0 and plan.schedule.sends_back,
         )
         if policy == "current" and stale:
             self._refuse_hidden(own.params)
 
     def _train(self, params, inputs, state, key, batch, targets):
-        outputs, state = self._stage.apply(params, state, inputs, jax.random.fold_in(key, batch), train=True)
-        if not self._is_last:
-            return outputs, (state, {})
+        """(loss, or outputs where there is none, (module state, metrics, outputs to send beside a loss))."""
+        groups, key = len(self._stage.groups), jax.random.fold_in(key, batch)
+        outputs, new = self._stage.apply(params[:groups], state[:groups], inputs, key, train=True)
+        if not self._has_loss:
+            return outputs, (new, {}, None)
+        sent = None
+        if self._head:
+            sent = outputs
+            outputs, aux = self._head.apply(params[groups], state[groups], outputs, key, True)
+            new = [*new, aux]
         loss, reported = call_loss(self._plan.loss, outputs, targets)
-        return loss, (state, {name: value.astype(jnp.float32) for name, value in reported.items()})
+        return loss, (new, {name: value.astype(jnp.float32) for name, value in reported.items()}, sent)
 
     def _refuse_hidden(self, params):
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
@@ -102,8 +130,42 @@ class Worker:
         """The fields of the stage's state that a visit of this pattern replaces."""
         kinds = {kind for kind, _ in pattern}
         forward = ("state", *(["totals"] if self._is_last else []))
-        update = ("params", "opt_state")
-        return (*(update if UPDATE in kinds else ()), *(forward if FORWARD in kinds else ()), "counts")
+        update = ("params", "opt_state", *(["previous"] if self._plan.num_previous(self._k) else []))
+        return (
+            *(update if UPDATE in kinds else ()),
+            *(forward if FORWARD in kinds else ()),
+            *(["accumulated"] if self._accumulates and kinds & {BACKWARD, UPDATE} else ()),
+            *(["synthesis"] if self._synthesiser and kinds & {FORWARD, SYNTHESIS} else ()),
+            "counts",
+        )
+
+    def reads(self, pattern: Pattern) -> tuple[str, ...]:
+        """The fields that a visit of this pattern needs, whether it replaces them or not."""
+        predicting = ("opt_state",) if self._predicts else ()
+        counting = ("accumulated",) if self._predicts or self._plan.schedule.double_buffered else ()
+        kinds = {kind for kind, _ in pattern}
+        forwards = ("state", "key", *predicting, *counting)
+        forward = forwards if FORWARD in kinds else ("key",) if SYNTHESIS in kinds else ()
+        return ("params", "previous", *forward)
+
+    def receives(self, kinds: Collection[str]) -> list[str]:
+        """What operations of these kinds on one batch read, as `Arrival` names it."""
+        forward, answers = FORWARD in kinds, BACKWARD in kinds and not (self._has_loss or self._synthesiser)
+        wanted = {
+            INPUTS: forward,
+            TARGETS: forward and self._k in self._plan.with_targets,
+            COTANGENTS: answers or SYNTHESIS in kinds,
+            MEMO: not forward and not {BACKWARD, SYNTHESIS}.isdisjoint(kinds),
+        }
+        return [name for name, reads in wanted.items() if reads]
+
+    @property
+    def _accumulates(self) -> bool:
+        return self._plan.schedule.group > 1
+
+    @property
+    def _predicts(self) -> bool:
+        return any(each.predicts for each in self._corrections)
 
     def visit(self, pattern: Pattern, own: StageState, arrivals: list[Arrival]) -> tuple[StageState, list[Departure]]:
         """Runs the operations of one visit in order. Pure; `own.opt_state` may be None where the pattern has no update.
@@ -113,30 +175,40 @@ class Worker:
             own: the stage's state.
             arrivals: what the visit reads, one entry a batch.
         """
-        local: dict[int, Memo] = {}
+        arrivals, local = list(arrivals), dict[int, Memo]()
         departures = [Departure() for _ in arrivals]
         answer: tuple = ()
         for kind, n in pattern:
             if kind == FORWARD:
                 own, local[n], departures[n] = self._forward(own, arrivals[n], kept=(BACKWARD, n) not in pattern)
+                if self._synthesiser:
+                    own, arrivals[n] = self._synthesise(own, arrivals[n], departures[n])
+            elif kind == SYNTHESIS:
+                own = self._learn(own, arrivals[n])
             elif kind == BACKWARD:
                 memo = local.get(n) or arrivals[n].memo
                 assert memo is not None  # the pattern says so
                 own, departures[n], answer = self._backward(own, memo, arrivals[n], departures[n])
+                if self._accumulates:
+                    own = own._replace(accumulated=self._accumulate(own.accumulated, *answer))
+            elif self._accumulates:
+                own = self._update(own, *self._sum_up(own.accumulated))
+                own = own._replace(accumulated=jax.tree.map(jnp.zeros_like, own.accumulated))
             else:
                 own = self._update(own, *answer)
         return own, departures
 
     def _forward(self, own: StageState, arrival: Arrival, kept: bool) -> tuple[StageState, Memo, Departure]:
-        inputs = arrival.inputs
-        outputs, (state, metrics), saved = self.trace.forward(
-            own.params, inputs, own.state, own.key, own.batch, arrival.targets
+        inputs, weights = arrival.inputs, self._weights(own)
+        outputs, (state, metrics, sent), saved = self.trace.forward(
+            weights, inputs, own.state, own.key, own.batch, arrival.targets if self._has_loss else None
         )
-        memo = self.trace.memo(saved, own.params, inputs, own.state, outputs)
+        memo = self.trace.memo(saved, weights, inputs, own.state, outputs)
         if self._plan.skip_nonfinite:
             state = _choose(all_finite(state), state, own.state)
         departure = Departure(
-            outputs=None if self._is_last else outputs,
+            outputs=outputs if sent is None else sent,
+            weights=None if weights is own.params or self.todays_weights or not kept else weights,
             saved=saved if kept else None,
             metrics=metrics if self._is_last else None,
         )
@@ -149,31 +221,134 @@ class Worker:
             own = own._replace(totals=totals)
         return own, memo, departure
 
+    def memo(self, arrival: Arrival, departure: Departure, params: PyTree, state: PyTree) -> Memo | None:
+        """What the stage keeps of a batch after a visit; None where nothing.
+
+        Args:
+            arrival, departure: of the batch.
+            params: the stage's, at the forward; not read where the departure names others.
+            state: before the visit.
+        """
+        if self._synthesiser and departure.outputs is not None:
+            return Memo([], jax.tree.leaves((departure.outputs, arrival.targets)))
+        if departure.saved is None:
+            return None
+        used = params if departure.weights is None else departure.weights
+        return self.trace.memo(departure.saved, used, arrival.inputs, state, departure.outputs)
+
+    def memo_shapes(self, targets: PyTree) -> Memo:
+        """Of memos that outlast a visit, where a batch has targets of these shapes."""
+        if self._synthesiser is None:
+            return Memo(self.trace.saved, self.trace.held_shapes)
+        read = targets if self._k in self._plan.with_targets else None
+        return Memo([], jax.tree.leaves((self.trace.outputs, read)))
+
+    def _synthesise(self, own: StageState, arrival: Arrival, departure: Departure) -> tuple[StageState, Arrival]:
+        """The error gradient of a batch as the synthesiser predicts it, in place of one that arrives."""
+        assert self._synthesiser
+        (outputs,), labels = jax.tree.leaves(departure.outputs), jax.tree.leaves(arrival.targets)
+        if len(labels) > 1:
+            raise ValueError(
+                f"label context reads targets that are one array; got {describe(arrival.targets)}: "
+                "use methods.dni(context=False)"
+            )
+        params, state, opt_state = own.synthesis
+        label = labels[0] if labels else None
+        estimate, new = synthesise(self._synthesiser[0], params, state, outputs, label, own.key)
+        if self._plan.skip_nonfinite:
+            new = _choose(all_finite(new), new, state)
+        own = own._replace(synthesis=Synthesis(params, new, opt_state))
+        return own, arrival._replace(cotangents=[estimate])
+
+    def _learn(self, own: StageState, arrival: Arrival) -> StageState:
+        """One step of the synthesiser, by what the next stage made of a batch that was kept."""
+        assert self._synthesiser
+        assert arrival.memo  # the pattern says so
+        assert arrival.cotangents
+        layer, optimizer = self._synthesiser
+        params, state, opt_state = own.synthesis
+        (outputs, *labels), (cotangent,) = arrival.memo.held, arrival.cotangents
+        label = labels[0] if labels else None
+
+        def loss(params):
+            return synthesis_loss(layer, params, state, outputs, label, cotangent, own.key)
+
+        gradients = jax.grad(loss)(params)
+        updates, new = optimizer.update(gradients, opt_state, params)
+        moved = optax.apply_updates(params, updates), new
+        if self._plan.skip_nonfinite:
+            moved = _choose(all_finite(gradients), moved, (params, opt_state))
+        return own._replace(synthesis=Synthesis(moved[0], state, moved[1]))
+
+    def _weights(self, own: StageState) -> PyTree:
+        """What a forward uses: today's parameters, older ones, or predicted ones."""
+        if self._plan.schedule.double_buffered:
+            return _choose(self._updates(own)[1] > 0, own.params, own.previous[0])
+        if own.previous:
+            return own.previous[-1]
+        if not self._predicts:
+            return own.params
+        tau = self._updates(own)[1].astype(jnp.int32)
+        return forward_weights(self._corrections, self._optimizer, own.params, own.opt_state, tau)
+
+    def _updates(self, own: StageState) -> tuple[jax.Array, jax.Array]:
+        """Of the stage, () uint32: those made, and those to come before what it forwards next is answered.
+
+        Counted from the last update, since a group begins with any batch where a run begins with it or was drained.
+        """
+        forwarded, answered, group = own.counts[0], own.counts[1], self._plan.schedule.group
+        begun = own.accumulated["number"].astype(answered.dtype) if self._accumulates else 0
+        return (answered - begun) // group, (forwarded - answered + begun) // group
+
     def _backward(
         self, own: StageState, memo: Memo, arrival: Arrival, departure: Departure
     ) -> tuple[StageState, Departure, tuple[PyTree, jax.Array]]:
         """The stage, what leaves, and what an update wants: the gradients, and whether all that was met is finite."""
-        gradients, sent = self.trace.backward(own.params, memo, self._cotangents(arrival))
-        loss = departure.metrics["loss"] if departure.metrics else None  # the last stage forwards in the same visit
+        gradients, sent = self.trace.backward(own.params, memo, self._cotangents(own, arrival))
+        loss = self.trace.outputs_then(memo) if self._has_loss else []
+        if departure.metrics:  # the forward is in the same visit
+            loss = [departure.metrics["loss"]]
+        if self._compares:
+            then = self.trace.params_then(own.params, memo)
+            gradients = correct_gradient(self._corrections, gradients, own.params, then)
         finite = all_finite((gradients, arrival.cotangents, loss))  # what is sent is judged by its reader
         if self._plan.skip_nonfinite:
             sent = [jnp.where(finite, cotangent, jnp.nan) for cotangent in sent]
         own = own._replace(counts=_count_answer(own.counts, finite))
-        return own, departure._replace(cotangents=sent), (gradients, finite)
+        departure = departure._replace(cotangents=sent if self._plan.schedule.sends_back else None)
+        return own, departure, (gradients, finite)
+
+    def _accumulate(self, accumulated: PyTree, gradients: PyTree, finite: jax.Array) -> PyTree:
+        """One gradient more. The update is judged by the sum, so one that must not count makes it NaN."""
+        if self._plan.skip_nonfinite:
+            gradients = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.nan), gradients)
+        added = jax.tree.map(jnp.add, accumulated["gradients"], gradients)
+        return {"number": accumulated["number"] + 1, "gradients": added}
+
+    def _sum_up(self, accumulated: PyTree) -> tuple[PyTree, jax.Array]:
+        """The gradients of a group, averaged or summed, and whether they are finite."""
+        gradients = accumulated["gradients"]
+        if self._plan.method.average:
+            gradients = jax.tree.map(lambda leaf: leaf / accumulated["number"].astype(leaf.dtype), gradients)
+        return gradients, all_finite(gradients)
 
     def _update(self, own: StageState, gradients: PyTree, finite: jax.Array) -> StageState:
-        updates, opt_state = self._plan.optimizer.update(gradients, own.opt_state, own.params)
+        updates, opt_state = self._optimizer.update(gradients, own.opt_state, own.params)
         params = optax.apply_updates(own.params, updates)
         if self._plan.skip_nonfinite:
             params, opt_state = _choose(finite, (params, opt_state), (own.params, own.opt_state))
-        return own._replace(params=params, opt_state=opt_state)
+        previous = (own.params, *own.previous[:-1]) if own.previous else own.previous
+        return own._replace(params=params, opt_state=opt_state, previous=previous)
 
-    def _cotangents(self, arrival: Arrival) -> list[jax.Array]:
-        """The error gradient of the stage's outputs: of the loss itself on the last stage, else shrunk (equation 7)."""
-        if self._is_last:
+    def _cotangents(self, own: StageState, arrival: Arrival) -> list[jax.Array]:
+        """The error gradient of the stage's outputs: of a loss of its own, else received and shrunk (equation 7)."""
+        if self._has_loss:
             return [jnp.ones((), self.trace.outputs.dtype)]
+        factor = cotangent_factor(self._corrections, self._k, self._plan.last + 1, self._updates(own)[0])
         beta, received = self._plan.method.beta, arrival.cotangents or []
-        return received if beta == 1 else [beta * cotangent for cotangent in received]
+        if isinstance(factor, jax.Array):
+            return [(beta * factor).astype(cotangent.dtype) * cotangent for cotangent in received]
+        return received if beta * factor == 1 else [beta * factor * cotangent for cotangent in received]
 
     @property
     def total_names(self) -> list[str]:
