@@ -4,11 +4,10 @@
 
 ResNet-56 and ResNet-110 in four stages on four CPU devices train with FDG on the engine `mpmd`. They have one channel,
 images of 4 x 4 pixels and batches of two: what the host does depends on how many arrays there are, and they are as many
-as in the real network. A gate keeps the devices' work out of the clock: ahead of every few ticks one device multiplies
-matrices for a while, and everything that is dispatched then waits for it, as in training it waits for the batch before.
-Where the gate opens too early, the ticks do not count and the next one is longer. The clock is the processor time of
-the host's thread, so that what others take does not count either; caches that they emptied do, so that a busy machine
-may double it: then look at the least.
+as in the real network. A gate keeps the devices' work out of the clock: ahead of every few ticks one device stops, and
+everything that is dispatched then waits for it, as in training it waits for the batch before. The clock is the
+processor time of the host's thread, so that what others take does not count either; caches that they emptied do, so
+that a busy machine may double it: then look at the least.
 
 A tick is the call of `pipe.step` and the letting go of the state before. Its parts are the calls of the K programs, the
 one `jax.device_put`, the release of the old state, and the rest: Python, and the release of the memos that were used.
@@ -18,6 +17,7 @@ The aim is less than 1 ms.
 import argparse
 import json
 import sys
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -46,35 +46,39 @@ AT_ONCE = 4  # ticks behind one gate; the engine itself waits when it is further
 
 
 class Gate:
-    """Work on the first device, for which everything dispatched after `shut` waits."""
+    """A callback on the first device, for which everything dispatched between `shut` and `open` waits."""
 
     def __init__(self) -> None:
-        self._products = 256
-        self._work = jax.jit(self._zero)
+        self._reached, self._opened = threading.Event(), threading.Event()
+        self._work = jax.jit(self._multiply)
+        self._stop = jax.jit(lambda x: jax.pure_callback(self._wait, jax.ShapeDtypeStruct((), np.uint32), x))
         self._add = jax.jit(jnp.add)
-        self._result = jnp.uint32(0)
+        self._opened.set()
+        self._stop(self._work()).block_until_ready()  # compiled now, or the work would be done before it is
 
     @staticmethod
-    def _zero(products: int) -> jax.Array:
-        # Neither cheap, or XLA:CPU would run it at once on the thread of the host, nor foreseeable for the compiler.
-        product = lax.fori_loop(0, products, lambda _, x: x @ x, jnp.eye(128))
-        return (product[0, 0] > 2).astype(jnp.uint32)
+    def _multiply() -> jax.Array:
+        return lax.fori_loop(0, 256, lambda _, x: x @ x, jnp.eye(128))[0, 0]
+
+    def _wait(self, _: Any) -> np.ndarray:
+        self._reached.set()
+        self._opened.wait()
+        return np.zeros((), np.uint32)
 
     def shut(self, state: State) -> State:
         """The same state, all of whose stages wait."""
-        self._result = self._work(self._products)
+        self._reached.clear()
+        self._opened.clear()
+        # What waits for no work XLA:CPU runs at once, on the thread of the host, which would then wait for itself.
+        zero = self._stop(self._work())
         stages = [
-            own._replace(counts=self._add(own.counts, jax.device_put(self._result, own.counts.device)))
-            for own in state.stages
+            own._replace(counts=self._add(own.counts, jax.device_put(zero, own.counts.device))) for own in state.stages
         ]
+        self._reached.wait()  # until then the work keeps a core busy
         return replace(state, stages=tuple(stages))
 
-    @property
-    def is_shut(self) -> bool:
-        return not self._result.is_ready()
-
-    def stay_longer(self) -> None:
-        self._products = min(2 * self._products, 2**20)
+    def open(self) -> None:
+        self._opened.set()
 
 
 class Bench:
@@ -100,7 +104,7 @@ class Bench:
         self.state, _ = self.pipe.step(self.state, self.batch)
 
     def ticks(self) -> list[dict[str, float]]:
-        """Seconds of a few ticks and of their parts; none if the devices began to work before the last of them."""
+        """Seconds of a few ticks and of their parts, while the devices wait."""
         self.state = self.gate.shut(self.state)
         found = []
         for _ in range(AT_ONCE):
@@ -113,11 +117,9 @@ class Bench:
                 end, wall = thread_time(), perf_counter() - wall
             rest = stepped - start - sum(parts.values())
             found.append({**parts, "rest": rest, "release": end - stepped, "tick": end - start, "wall": wall})
-        kept = self.gate.is_shut
-        if not kept:
-            self.gate.stay_longer()
+        self.gate.open()
         jax.block_until_ready(self.state)
-        return found if kept else []
+        return found
 
     def calls(self) -> list[tuple[str, int, int]]:
         """What a tick calls: the name, and how many arrays go in and come out."""
@@ -160,12 +162,11 @@ def _counted(seen: list[tuple[str, int, int]], name: str, function: Callable) ->
 
 def measure(depth: int, num_stages: int, policy: str, num_ticks: int) -> dict[str, Any]:
     """Figures of one network."""
-    bench, ticks, groups = Bench(depth, num_stages, policy), list[dict[str, float]](), 0
+    bench, ticks = Bench(depth, num_stages, policy), list[dict[str, float]]()
     bench.ticks()
     while len(ticks) < num_ticks:
         ticks += bench.ticks()
-        groups += 1
-    return {**summary(ticks), "groups_of_ticks": groups, "calls": bench.calls()}
+    return {**summary(ticks), "calls": bench.calls()}
 
 
 def summary(ticks: list[dict[str, float]]) -> dict[str, Any]:

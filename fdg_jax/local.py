@@ -45,7 +45,7 @@ PyTree = Any
 
 
 def make_heads(
-    kind: str, outputs: Sequence[PyTree], num_classes: int, key: jax.Array, dtype: DTypeLike = jnp.float32
+    kind: str, outputs: Sequence[PyTree], num_classes: int, key: jax.Array, dtype: DTypeLike | None = None
 ) -> tuple[Layer, ...]:
     """An auxiliary head for every stage but the last; see `models.heads.make_head`.
 
@@ -54,13 +54,13 @@ def make_heads(
         outputs: of these stages, as shapes.
         num_classes: width of the logits.
         key: of the initialisation; head k draws from fold_in(key, k), whatever comes after.
-        dtype: of the computation.
+        dtype: of the computation; by default that of the outputs.
 
     Raises:
         ValueError: there is no such kind, or a stage's outputs are not one tensor (N, F) or (N, H, W, C).
     """
     heads = [
-        make_head(kind, _features(k, tree), num_classes, key=jax.random.fold_in(key, k), dtype=dtype)
+        make_head(kind, _features(k, tree), num_classes, key=jax.random.fold_in(key, k), dtype=dtype or _dtype(tree))
         for k, tree in enumerate(outputs)
     ]
     return as_layers(heads)
@@ -71,7 +71,7 @@ def make_synthesisers(
     outputs: Sequence[PyTree],
     num_classes: int | None,
     key: jax.Array,
-    dtype: DTypeLike = jnp.float32,
+    dtype: DTypeLike | None = None,
     width: int = 128,
 ) -> tuple[Layer, ...]:
     """A synthesiser for every stage but the last; see `models.heads.make_synthesiser`.
@@ -88,7 +88,12 @@ def make_synthesisers(
     """
     synthesisers = [
         make_synthesiser(
-            kind, _features(k, tree), num_classes, key=jax.random.fold_in(key, k), dtype=dtype, width=width
+            kind,
+            _features(k, tree),
+            num_classes,
+            key=jax.random.fold_in(key, k),
+            dtype=dtype or _dtype(tree),
+            width=width,
         )
         for k, tree in enumerate(outputs)
     ]
@@ -102,6 +107,10 @@ def _features(k: int, outputs: PyTree) -> tuple[int, ...]:
             f"a local loss reads one floating point tensor; stage {k} puts out {describe(outputs)}: cut elsewhere"
         )
     return check_features(leaves[0].shape[1:])
+
+
+def _dtype(outputs: PyTree) -> DTypeLike:
+    return jax.tree.leaves(outputs)[0].dtype
 
 
 def num_params(layers: Sequence[Layer]) -> list[int]:

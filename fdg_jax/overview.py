@@ -26,8 +26,8 @@ class Forecast:
     """
 
     weights: int
-    optimizer: int
-    old_weights: int  # kept for memos under stash, today's not counted
+    optimizer: int  # and gradients that are accumulated
+    old_weights: int  # which forwards still use, or memos under stash; today's not counted
     memos: int  # activations of all memos in flight
     num_memos: int
     messages: int  # sent in the last tick, but for activations that a memo holds too

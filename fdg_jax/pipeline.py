@@ -217,9 +217,8 @@ class Pipeline:
         classes = jax.tree.leaves(shapes[-1])[0].shape[-1]
         if synthesiser is None:
             return *map(Added, make_heads(str(head), between, classes, key)), None
-        dtype = jnp.result_type(*jax.tree.leaves(between))
         read = classes if synthesiser.context else None
-        layers = make_synthesisers(synthesiser.kind, between, read, key, dtype, synthesiser.width)
+        layers = make_synthesisers(synthesiser.kind, between, read, key, width=synthesiser.width)
         return *(Added(layer, optax.adam(synthesiser.learning_rate), synthesiser.context) for layer in layers), None
 
     def _make_engine(self, plan: Plan) -> Engine:
@@ -293,9 +292,10 @@ class Pipeline:
         """As so many calls of `step`, with batches state.fed, state.fed + 1, .. of the feed.
 
         The fused engine runs them in loops on the device of 256 batches at most, where each batch is made as well. It
-        does so once the pipeline is full; on a CPU device only where all convolutions are those of `fdg_jax.layers`,
-        since XLA:CPU runs the gradients of others up to 80 times slower in a loop. It waits for the loop before the
-        last; an interrupt meanwhile costs the state, so ask for so many batches at a time as you can bear to lose.
+        does so once the pipeline is full. On a CPU device a network with other convolutions than those of
+        `fdg_jax.layers` gets a call a period of the schedule instead, since XLA:CPU runs their gradients up to 80 times
+        slower in a loop. The engine waits for the call before the last; an interrupt meanwhile costs the state, so ask
+        for so many batches at a time as you can bear to lose.
 
         Args:
             state: no longer usable afterwards.
@@ -304,7 +304,7 @@ class Pipeline:
 
         Returns:
             The new state, and the metrics of the batches that left the last stage, (n,) arrays in their order; None
-            where none has.
+            where none has. Where the method splits batches, each micro-batch has its own.
 
         Raises:
             ValueError: the batches do not fit, or the loss is not a scalar.
@@ -324,6 +324,7 @@ class Pipeline:
     def drain(self, state: State) -> tuple[State, list[Metrics]]:
         """Answers everything still in flight: the new state, and metrics of the batches that left the last stage.
 
+        Where the method splits batches, each micro-batch has its own.
         Training may go on afterwards; the pipeline then fills anew.
         """
         with using(state, self.num_stages):

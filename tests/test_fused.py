@@ -90,8 +90,8 @@ def test_a_loop_is_compiled_once_and_no_call_is_long(monkeypatch):
     pipe = make_pipeline(num_stages=2, engine="fused")
     state, _ = pipe.run(pipe.init(jax.random.key(0), tiny_batches(1)[0][0]), feed, 2)
     calls = []
-    loop = pipe._started()._loop
-    monkeypatch.setattr(pipe._started(), "_loop", lambda *args: calls.append(args[-1]) or loop(*args))
+    advance = pipe._started()._advance
+    monkeypatch.setattr(pipe._started(), "_advance", lambda *args: calls.append(args[-1]) or advance(*args))
     for num in (1, 9, 3, 4):
         state, metrics = pipe.run(state, feed, num)
         assert metrics["loss"].shape == (num,)
@@ -166,18 +166,29 @@ def test_old_weights_are_stored_as_often_as_in_mpmd():
     assert sizes[0] == sizes[1] > 0
 
 
-def test_foreign_convolutions_do_not_enter_a_loop_on_a_cpu(monkeypatch):
-    """XLA:CPU runs their gradients up to 80 times slower there; the steps are the same."""
-    layers = [
-        nnx.Conv(1, 2, (3, 3), rngs=nnx.Rngs(0)),
-        lambda x: x.reshape(len(x), -1),
-        nnx.Linear(128, 10, rngs=nnx.Rngs(1)),
-    ]
-    pipe = make_pipeline(layers, num_stages=2, engine="fused")
+FOREIGN = [methods.bp(), methods.fdg(0.5), methods.fdg(0.5, "recompute"), methods.gpipe(2), methods.pipedream()]
+
+
+@pytest.mark.parametrize("method", FOREIGN, ids=[f"{method.name}-{method.policy}" for method in FOREIGN])
+def test_foreign_convolutions_run_a_period_a_call_on_a_cpu(method, monkeypatch):
+    """XLA:CPU runs their gradients up to 80 times slower in a loop; the steps are those of mpmd, in one program."""
     monkeypatch.setattr(fused.Fused, "_loop", None)
-    state = pipe.init(jax.random.key(0), digits().batch(0, 0, 4)[0])
-    state, metrics = pipe.run(state, digits().feed(0, 4), 4)
-    assert metrics["loss"].shape == (3,)
+    feed, ends = digits().feed(0, 4), []
+    for engine in ("mpmd", "fused"):
+        layers = [
+            nnx.Conv(1, 2, (3, 3), rngs=nnx.Rngs(0)),
+            lambda x: x.reshape(len(x), -1),
+            nnx.Linear(128, 10, rngs=nnx.Rngs(1)),
+        ]
+        pipe = make_pipeline(layers, method=method, num_stages=2, engine=engine)
+        state = pipe.init(jax.random.key(0), feed.batch(0)[0])
+        state, metrics = pipe.run(state, feed, 9)
+        ends.append((in_flight(state), host(metrics)))
+    assert_trees_close(ends[1], ends[0], 9 * 1e-6)
+    before = {key: program.compiled._cache_size() for key, program in pipe._started().programs.items()}
+    pipe.run(state, feed, 5)
+    assert pipe._started()._period_program._cache_size() == 1
+    assert {key: program.compiled._cache_size() for key, program in pipe._started().programs.items()} == before
 
 
 def test_a_user_s_arrays_are_not_overwritten():

@@ -5,11 +5,14 @@ schedule does the same to what is in flight, one batch further on. `run` does th
 its batches itself and keeps its memory from tick to tick: what several batches wait in (memos, targets) are rings, in
 which a new batch takes the place of the one just answered. Between two calls the state is what it is in `mpmd`; during
 a call the device holds it about twice, as rings and as what goes in and comes out.
+
+On a CPU device, where XLA runs the gradients of other convolutions than `layers.Conv` many times slower in a loop, a
+network that has some gets a call a period instead, with the same program for a body.
 """
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -50,15 +53,14 @@ class Fused(Mpmd):
     """The engine for one device; all `devices` are the same."""
 
     def run(self, state: State, feed: Feed, num_batches: int) -> tuple[State, Metrics | None]:
-        if not self._loops_well(state):
-            return super().run(state, feed, num_batches)
         feed = self._nearby(feed)
         filling = min(num_batches, self._until_steady(state))
         periods, rest = divmod(num_batches - filling, self._batches_a_period)
         state, metrics = super().run(state, feed, filling)
         parts: list[Metrics | None] = [metrics]
-        for start in range(0, periods, CAPACITY):
-            state, metrics = self._loop(state, feed, min(CAPACITY, periods - start))
+        capacity = CAPACITY if periods and self._loops_well(state) else 1
+        for start in range(0, periods, capacity):
+            state, metrics = self._advance(state, feed, min(capacity, periods - start))
             parts.append(metrics)
         state, metrics = super().run(state, feed, rest)
         return state, join([*parts, metrics])
@@ -89,9 +91,7 @@ class Fused(Mpmd):
                 for stage, own, inputs in zip(self.plan.stages, state.stages, self.plan.shapes, strict=True)
             )
             if not self._is_fast:
-                log.info(
-                    "convolutions of other layers than fdg_jax.layers: no loop on this CPU, a call a stage and tick"
-                )
+                log.info("convolutions of other layers than fdg_jax.layers: no loop on this CPU, a call a period")
         return self._is_fast
 
     def _nearby(self, feed: Feed) -> Feed:
@@ -104,15 +104,14 @@ class Fused(Mpmd):
     _is_fast: bool | None = None
     _running_call: jax.Array | None = None
 
-    def _loop(self, state: State, feed: Feed, num_periods: int) -> tuple[State, Metrics]:
+    def _advance(self, state: State, feed: Feed, num_periods: int) -> tuple[State, Metrics]:
         """Feeds the batches of so many periods to a pipeline in its steady state, in one call."""
         micro = self.plan.method.micro_batches
         targets = jax.eval_shape(lambda data, i: split(feed.at(data, i)[1], micro)[0], feed.data, jnp.uint32(0))
         state = self._with_totals(state, targets)
         queues = _queues(state)
-        donated, kept = _parted(state, queues, self._overwritten)
-        numbers = np.uint32(state.fed // micro), np.int32(num_periods)
-        stages, values, metrics = self._periods_program(queues, feed.at, donated, kept, feed.data, *numbers)
+        call = self._loop if self._loops_well(state) else self._single
+        stages, values, metrics = call(queues, feed, state, np.uint32(state.fed // micro), num_periods)
         previous, self._running_call = self._running_call, metrics["loss"]
         jax.block_until_ready(previous)  # while the device works on one call, one more waits, and holds memory
         fed = state.fed + num_periods * self.plan.schedule.group
@@ -122,6 +121,18 @@ class Fused(Mpmd):
                 boxes[box][_key(queue, fed + queue.oldest + j)] = value
         state = self._sharing_weights(State(fed, state.origin, tuple(stages), **boxes))
         return state, {name: each[:num_periods].reshape(-1) for name, each in metrics.items()}
+
+    def _loop(self, queues: tuple[Queue, ...], feed: Feed, state: State, first: np.uint32, num_periods: int):
+        """The stages, what is in the queues, and the metrics after a loop on the device."""
+        donated, kept = _parted(state.stages, _waiting(state, queues), queues, self._overwritten)
+        return self._periods_program(queues, feed.at, donated, kept, feed.data, first, np.int32(num_periods))
+
+    def _single(self, queues: tuple[Queue, ...], feed: Feed, state: State, first: np.uint32, _: int):
+        """The same after one period without a loop, which sees only what leaves the queues."""
+        values, group = _waiting(state, queues), self.plan.schedule.group
+        donated, kept = _parted(state.stages, [each[:group] for each in values], queues, self._overwritten)
+        stages, newest, metrics = self._period_program(queues, feed.at, donated, kept, feed.data, first)
+        return stages, [(old + new)[-len(old) :] for old, new in zip(values, newest, strict=True)], metrics
 
     @cached_property
     def _overwritten(self) -> tuple[str, ...]:
@@ -134,9 +145,24 @@ class Fused(Mpmd):
     def _periods_program(self) -> Callable:
         return jax.jit(self._periods, static_argnums=(0, 1), donate_argnums=2)
 
+    @cached_property
+    def _period_program(self) -> Callable:
+        return jax.jit(self._period, static_argnums=(0, 1), donate_argnums=2)
+
+    def _period(self, queues, at, donated, kept, data, first):
+        """One period of the steady state, in which batch `first` enters, and perhaps some after it."""
+        stages, values = _joined(donated, kept)
+        waiting = {(queue.kind, queue.stage): each for queue, each in zip(queues, values, strict=True)}
+        oldest = {(queue.kind, queue.stage): queue.oldest for queue in queues}
+        walk = _Period(self, stages, lambda kind, k, offset: waiting[kind, k][offset - oldest[kind, k]])
+        walk.go(at, data, first)
+        reported = jax.tree.map(lambda *one: jnp.stack(one)[None], *walk.metrics)
+        return walk.stages, [walk.entered(queue) for queue in queues], reported
+
     def _periods(self, queues, at, donated, kept, data, first, count):
         """`count` periods of the steady state, in which the batches `first`, `first` + 1, .. enter."""
         group, micro = self.plan.schedule.group, self.plan.method.micro_batches
+        places = {(queue.kind, queue.stage): place for place, queue in enumerate(queues)}
         stages, values = _joined(donated, kept)
         rings, newest = [_ring(each) for each in values], [each[-group:] for each in values]
         reported = {name: jnp.zeros((CAPACITY, group), jnp.float32) for name in stages[-1].totals if name != "batches"}
@@ -148,10 +174,14 @@ class Fused(Mpmd):
         def period(n, carry):
             stages, rings, newest, reported = carry
             rings = filed(n, rings, newest)
-            walk = _Period(self, stages, dict(zip(queues, rings, strict=True)), n * group)
-            numbers = [first + (n * (group // micro) + j).astype(jnp.uint32) for j in range(group // micro)]
-            walk.go([pair for i in numbers for pair in zip(*(split(x, micro) for x in at(data, i)), strict=True)])
-            newest = [walk.entered(queue, group) for queue in queues]
+
+            def waiting(kind, k, offset):
+                place = places[kind, k]
+                return _read(queues[place], rings[place], n * group + offset)
+
+            walk = _Period(self, stages, waiting)
+            walk.go(at, data, first + (n * (group // micro)).astype(jnp.uint32))
+            newest = [walk.entered(queue) for queue in queues]
             reported = jax.tree.map(lambda all_, *one: all_.at[n].set(jnp.stack(one)), reported, *walk.metrics)
             return walk.stages, rings, newest, reported
 
@@ -159,7 +189,10 @@ class Fused(Mpmd):
         rings = filed(count, rings, newest)
         return (
             stages,
-            [_unrolled(ring, queue.size, count * group) for ring, queue in zip(rings, queues, strict=True)],
+            [
+                [_read(queue, ring, count * group + queue.oldest + j) for j in range(queue.size)]
+                for queue, ring in zip(queues, rings, strict=True)
+            ],
             reported,
         )
 
@@ -188,16 +221,19 @@ class Fused(Mpmd):
 class _Period:
     """One period of the steady state under trace; what travels is numbered from what comes next."""
 
-    def __init__(self, engine: Fused, stages: list[StageState], rings: dict[Queue, PyTree], entered: jax.Array):
-        self.plan, self.workers, self.stages, self.n = engine.plan, engine.workers, stages, entered
-        self.rings = {(queue.kind, queue.stage): (queue, ring) for queue, ring in rings.items()}
+    def __init__(self, engine: Fused, stages: list[StageState], waiting: Callable[[str, int, int], PyTree]):
+        self.plan, self.workers, self.stages, self.waiting = engine.plan, engine.workers, stages, waiting
         self.first_tick = engine._steady_from * self.plan.schedule.period
         self.base = engine._steady_from * self.plan.schedule.group
         self.new: dict[tuple[str, int, int], PyTree] = {}
         self.metrics: list[Metrics] = []
 
-    def go(self, batches: list[tuple[PyTree, PyTree]]) -> None:
-        for offset, (inputs, targets) in enumerate(batches):
+    def go(self, at: Callable, data: PyTree, first: jax.Array) -> None:
+        """Walks through the period in which the batches from `first` on enter."""
+        micro = self.plan.method.micro_batches
+        batches = [at(data, first + jnp.uint32(j)) for j in range(self.plan.schedule.group // micro)]
+        pairs = [pair for batch in batches for pair in zip(*(split(x, micro) for x in batch), strict=True)]
+        for offset, (inputs, targets) in enumerate(pairs):
             self.new[INPUTS, 0, offset] = inputs
             self.new.update({(TARGETS, k, offset): targets for k in self.plan.with_targets})
         for tick in range(self.first_tick, self.first_tick + self.plan.schedule.period):
@@ -230,15 +266,13 @@ class _Period:
     def _take(self, kind: str, k: int, offset: int) -> PyTree:
         if (kind, k, offset) in self.new:
             return self.new.pop((kind, k, offset))
-        queue, ring = self.rings[kind, k]
-        if queue.size == 1:
-            return ring
-        return _read(ring, (self.n + offset - queue.oldest) % queue.size)
+        return self.waiting(kind, k, offset)
 
-    def entered(self, queue: Queue, group: int) -> list[PyTree]:
+    def entered(self, queue: Queue) -> list[PyTree]:
         """What is new in a queue at the end, the oldest first."""
-        end = queue.oldest + queue.size + group
-        return [self.new[queue.kind, queue.stage, offset] for offset in range(end - min(group, queue.size), end)]
+        end = queue.oldest + queue.size + self.plan.schedule.group
+        num = min(self.plan.schedule.group, queue.size)
+        return [self.new[queue.kind, queue.stage, offset] for offset in range(end - num, end)]
 
 
 def _own_layers(stage: Stage, own: StageState) -> tuple[list, list]:
@@ -261,15 +295,19 @@ def _queues(state: State) -> tuple[Queue, ...]:
     return tuple(queues)
 
 
-def _parted(state: State, queues: tuple[Queue, ...], overwritten: tuple[str, ...]) -> tuple[PyTree, PyTree]:
-    """The stages and the values of the queues: what may be overwritten, and what something else may refer to."""
-    values = [
+def _waiting(state: State, queues: tuple[Queue, ...]) -> list[list[PyTree]]:
+    """The values of the queues, the oldest first."""
+    return [
         [getattr(state, box)[_key(queue, state.fed + queue.oldest + j)] for j, box in enumerate(queue.boxes)]
         for queue in queues
     ]
+
+
+def _parted(stages: Sequence[StageState], values: list, queues: tuple[Queue, ...], overwritten: tuple[str, ...]):
+    """The stages and the values of the queues: what may be overwritten, and what something else may refer to."""
     memos = [queue.kind == MEMO for queue in queues]
-    fields = [{field: getattr(own, field) for field in overwritten} for own in state.stages]
-    rest = [{field: getattr(own, field) for field in own._fields if field not in overwritten} for own in state.stages]
+    fields = [{field: getattr(own, field) for field in overwritten} for own in stages]
+    rest = [{field: getattr(own, field) for field in own._fields if field not in overwritten} for own in stages]
     saved = [[v.saved for v in each] if memo else [] for each, memo in zip(values, memos, strict=True)]
     others = [[v.held for v in each] if memo else each for each, memo in zip(values, memos, strict=True)]
     return (fields, saved), (rest, others)
@@ -301,10 +339,9 @@ def _written(queue: Queue, ring: PyTree, newest: list[PyTree], n: jax.Array) -> 
     return ring
 
 
-def _read(ring: PyTree, place: jax.Array) -> PyTree:
+def _read(queue: Queue, ring: PyTree, offset: jax.Array) -> PyTree:
+    """The value of a batch in a ring, counted from the one that came next when the ring was made."""
+    if queue.size == 1:
+        return ring
+    place = (offset - queue.oldest) % queue.size
     return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, place, keepdims=False), ring)
-
-
-def _unrolled(ring: PyTree, size: int, n: jax.Array) -> list[PyTree]:
-    """The values of a ring after `n` have entered, the oldest first."""
-    return [ring] if size == 1 else [_read(ring, (n + j) % size) for j in range(size)]
