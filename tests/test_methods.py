@@ -526,7 +526,7 @@ def test_a_compensated_gradient_that_overflows_is_dropped():
         (methods.pipedream_2bw(4).with_corrections(WeightPrediction()), {}, "use pipedream"),
         (methods.pipedream(vertical_sync=True).with_corrections(LinearPrediction()), {}, "use pipedream"),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, Method) else "",
 )
 def test_what_does_not_go_together_gets_one_line(method, kwargs, words):
     with pytest.raises(ValueError, match=words) as caught:
