@@ -189,6 +189,7 @@ class Trace:
         wanted = [*light.sources, *(Source("params", i) for i in range(self._num_params if holds_params else 0))]
         wanted += [Source("outputs", i) for i in range(len(jax.tree.leaves(self.outputs)) if holds_outputs else 0)]
         self.held = tuple(source for source in dict.fromkeys(wanted) if source.tree not in elsewhere)
+        self._held_trees = {source.tree for source in self.held}
         self.held_shapes = self.memo([], params, inputs, state, self.outputs).held
 
     def forward(self, params: PyTree, inputs: PyTree, state: PyTree, *extras: PyTree) -> tuple:
@@ -199,7 +200,7 @@ class Trace:
     def memo(self, saved: list, params: PyTree, inputs: PyTree, state: PyTree, outputs: PyTree) -> Memo:
         """The memo of a forward: `saved` as it returned them, and its own arguments where the backward reads them."""
         trees = {"params": params, "inputs": inputs, "state": state, "outputs": outputs}
-        leaves = {name: jax.tree.leaves(tree) for name, tree in trees.items()}
+        leaves = {name: jax.tree.leaves(trees[name]) for name in self._held_trees}
         return Memo(saved, [leaves[tree][i] for tree, i in self.held])
 
     def params_then(self, params: PyTree, memo: Memo) -> PyTree:

@@ -16,6 +16,7 @@ from rich.console import Console
 from fdg_jax import data, models, optim
 from fdg_jax.balance import balanced_cuts
 from fdg_jax.config import ConfigError, DataSettings, OptimSettings, Settings, make_method
+from fdg_jax.console import say
 from fdg_jax.data import Source
 from fdg_jax.metrics import softmax_cross_entropy
 from fdg_jax.pipeline import Pipeline
@@ -41,27 +42,61 @@ def build(
     try:
         source = make_source(settings.data)
         steps_per_epoch = source.steps_per_epoch(settings.batch_size)
-        layers = models.build(
-            **dataclasses.asdict(settings.model),
-            seed=settings.seed,
-            num_classes=source.num_classes,
-            in_shape=source.image_shape,
-            dtype=settings.dtype,
-        )
-        pipe = Pipeline(
+        layers = make_layers(settings, source.image_shape, source.num_classes)
+        pipe = make_pipeline(
+            settings,
             layers,
-            loss=softmax_cross_entropy,
-            optimizer=make_optimizer(settings.optim, steps_per_epoch, settings.epochs, updates_before),
-            method=make_method(settings.method),
-            num_stages=settings.num_stages,
-            cuts=cuts or make_cuts(settings, layers, source, console),
-            engine=settings.engine,
-            remat=settings.remat,
-            skip_nonfinite=settings.on_nan == "skip",
+            cuts or make_cuts(settings, layers, source, console),
+            make_optimizer(settings.optim, steps_per_epoch, settings.epochs, updates_before),
         )
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
     return pipe, source.placed(pipe.devices[0], pipe.devices[-1])
+
+
+def make_layers(settings: Settings, image_shape: Sequence[int], num_classes: int) -> Sequence[Any]:
+    """The network that the settings name, for images (H, W, C).
+
+    Raises:
+        ValueError: there is no such network.
+    """
+    return models.build(
+        **dataclasses.asdict(settings.model),
+        seed=settings.seed,
+        num_classes=num_classes,
+        in_shape=image_shape,
+        dtype=settings.dtype,
+    )
+
+
+def make_pipeline(
+    settings: Settings,
+    layers: Sequence[Any],
+    cuts: str | tuple[int, ...],
+    optimizer: optax.GradientTransformation,
+) -> Pipeline:
+    """The pipeline that the settings describe.
+
+    Args:
+        settings: of the run.
+        layers: from `make_layers`.
+        cuts: from `make_cuts`.
+        optimizer: from `make_optimizer`.
+
+    Raises:
+        ValueError, TypeError: they do not fit one another.
+    """
+    return Pipeline(
+        layers,
+        loss=softmax_cross_entropy,
+        optimizer=optimizer,
+        method=make_method(settings.method),
+        num_stages=settings.num_stages,
+        cuts=cuts,
+        engine=settings.engine,
+        remat=settings.remat,
+        skip_nonfinite=settings.on_nan == "skip",
+    )
 
 
 def make_source(settings: DataSettings) -> Source:
@@ -91,6 +126,20 @@ def make_source(settings: DataSettings) -> Source:
     return source.limited(settings.limit) if settings.limit else source
 
 
+def data_shape(settings: DataSettings) -> tuple[tuple[int, ...], int]:
+    """(H, W, C) of the images and the number of classes; TFDS is asked for no more than its catalogue.
+
+    Raises:
+        ValueError: the data set is not there.
+    """
+    if settings.source == "tfds":
+        from fdg_jax.data.tfds import tfds_shape
+
+        return tfds_shape(settings.name, settings.path or None)
+    source = make_source(settings)
+    return source.image_shape, source.num_classes
+
+
 def make_cuts(
     settings: Settings, layers: Sequence[Any], source: Source, console: Console | None = None
 ) -> str | tuple[int, ...]:
@@ -101,7 +150,7 @@ def make_cuts(
     if settings.cuts == "balanced":
         balance = balanced_cuts(layers, example_images(settings, source), settings.num_stages)
         if console:
-            console.print(str(balance), highlight=False, markup=False, soft_wrap=True)
+            say(console, str(balance))
         return balance.cuts
     return settings.cuts
 
@@ -140,7 +189,9 @@ def make_optimizer(
         rate = partial(_later, rate, updates_before)
     if settings.name == "sgd":
         return optim.sgd(rate, settings.momentum, settings.weight_decay, settings.nesterov)
-    return optax.adamw(rate, weight_decay=settings.weight_decay)
+    if settings.name == "nadamw":
+        return optim.nadamw(rate, settings.momentum, settings.weight_decay)
+    return optax.adamw(rate, b1=settings.momentum, weight_decay=settings.weight_decay)
 
 
 def _later(schedule: optax.Schedule, updates_before: int, count: jax.Array) -> jax.Array:

@@ -87,6 +87,15 @@ def batch_shapes(batch: Any, first_inputs: Shapes, first_targets: Shapes | None)
     return shapes
 
 
+def batch_signature(batch: Any) -> tuple | None:
+    """What two batches must have in common for one check to do for both, quickly; None where a leaf is no array."""
+    leaves, treedef = jax.tree.flatten(batch)
+    try:
+        return treedef, [(leaf.shape, leaf.dtype) for leaf in leaves]
+    except AttributeError:
+        return None
+
+
 def without_batch(shapes: Shapes) -> PyTree:
     """Shapes and dtypes but for the batch dimension."""
     return jax.tree.map(lambda leaf: (leaf.shape[1:], leaf.dtype), shapes)

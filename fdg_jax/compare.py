@@ -15,6 +15,7 @@ import jax
 from rich.console import Console
 
 from fdg_jax.config import ConfigError, Settings
+from fdg_jax.console import SILENT, JsonLines, insist, say
 from fdg_jax.metrics import read_lines
 from fdg_jax.overview import columns
 from fdg_jax.saving import RunFailed
@@ -43,7 +44,7 @@ class Outcome:
     failed: str | None = None
 
 
-def compare(runs: Runs, workdir: Path, console: Console) -> int | None:
+def compare(runs: Runs, workdir: Path, console: Console, lines: JsonLines = SILENT) -> int | None:
     """Trains all that is not trained yet, and prints the table; the signal that ended it early, or None.
 
     Runs are kept as `workdir`/method/seed: the same command skips those that are finished, and goes on in the middle of
@@ -53,6 +54,7 @@ def compare(runs: Runs, workdir: Path, console: Console) -> int | None:
         runs: from `config.resolve_comparison`.
         workdir: made here.
         console: a line a run, and the table; what runs say themselves is in `log.txt` beside theirs.
+        lines: for machines: what runs say themselves too, each line with the method as "run", and the seed.
 
     Raises:
         ConfigError: settings do not fit one another, or the workdir holds runs of others.
@@ -63,16 +65,19 @@ def compare(runs: Runs, workdir: Path, console: Console) -> int | None:
     with _programs_shared():
         for number, ((method, seed), settings) in enumerate(runs.items(), 1):
             folder = workdir / _folder(method) / f"seed_{seed}"
+            own = lines.within({"run": method, "seed": seed})
             outcome = _read(folder, settings)
             if outcome is None:
-                outcome, stopped_by = _run(settings, folder)
+                outcome, stopped_by = _run(settings, folder, own)
             if outcome is None:
-                _print(console, f"stopped in {folder}: the same command goes on from there")
+                insist(console, f"stopped in {folder}: the same command goes on from there")
                 break
+            own.write("result", asdict(outcome))
             outcomes[method, seed] = outcome
             error = outcome.failed or f"test error {100 * outcome.test_error:.2f} %"
-            _print(console, f"{number:3d}/{len(runs)}  {method}, seed {seed}: {error}")
-    _print(console, "\n" + table(outcomes))
+            say(console, f"{number:3d}/{len(runs)}  {method}, seed {seed}: {error}")
+    say(console, "")
+    insist(console, table(outcomes))
     return stopped_by
 
 
@@ -104,12 +109,12 @@ def table(outcomes: Mapping[tuple[str, int], Outcome]) -> str:
     return columns(lines)
 
 
-def _run(settings: Settings, folder: Path) -> tuple[Outcome | None, int | None]:
+def _run(settings: Settings, folder: Path, lines: JsonLines) -> tuple[Outcome | None, int | None]:
     """What the run comes to; or None, and the signal that stopped it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
-            result = train_and_evaluate(settings, folder, Console(file=log, width=120))
+            result = train_and_evaluate(settings, folder, Console(file=log, width=120), lines)
         if result.stopped_by:
             return None, result.stopped_by
         outcome = _outcome(result, settings, folder)
@@ -126,7 +131,8 @@ def _run(settings: Settings, folder: Path) -> tuple[Outcome | None, int | None]:
 
 
 def _outcome(result: Result, settings: Settings, folder: Path) -> Outcome:
-    rates = [line["train/images_per_s"] for line in read_lines(folder / "metrics.jsonl")]
+    lines = read_lines(folder / "metrics.jsonl")
+    rates = [line["train/images_per_s"] for line in lines if "train/images_per_s" in line]  # a probe's line has none
     held = [forecast.total for forecast in result.pipe.forecasts]
     return Outcome(
         test_error=1 - result.metrics["test/accuracy"],
@@ -147,10 +153,6 @@ def _read(folder: Path, settings: Settings) -> Outcome | None:
 
 def _folder(method: str) -> str:
     return re.sub(r"[^\w.,=+-]+", "_", method).strip("_")
-
-
-def _print(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from fdg_jax.pipeline import ENGINES
 SOURCES = ("digits", "arrays", "folder", "tfds")
 CUTS = (*SPLITS, "published", "balanced")
 METHODS = PRESETS
-OPTIMIZERS = ("sgd", "adam", "adamw")
+OPTIMIZERS = ("sgd", "adam", "adamw", "nadamw")
 RATE_SCHEDULES = ("constant", "piecewise", "cosine")
 DTYPES = ("float32", "bfloat16")
 RESUMES = ("auto", "params", "never")  # go on where the workdir stands; with its weights alone; refuse a used one
@@ -77,6 +77,9 @@ class MethodSettings:
     average: bool = False  # of adl: their mean instead of their sum
     vertical_sync: bool = False  # of pipedream
     head: str = "mlp_sr"  # of dgl; or "linear"
+    buffer: int = 0  # of dgl: messages that a stage keeps, to use again; 0 for stages in lock-step
+    max_uses: int = 0  # of dgl with a buffer: of a message; 0 for as many as it takes
+    slowdown: tuple[int, ...] = ()  # of dgl with a buffer: ticks from one turn to the next, of every stage, as (1,2)
     kind: str = "deep"  # of dni, the network that predicts; or "linear"
     context: bool = True  # of dni: it reads the labels too
     learning_rate: float = 1e-4  # of dni: of its own optimizer, Adam
@@ -94,9 +97,9 @@ class OptimSettings:
 
     name: str = "sgd"
     learning_rate: float = 0.1
-    momentum: float = 0.9
+    momentum: float = 0.9  # b1 of the Adams; correction nesterov sets that of nadamw
     nesterov: bool = False
-    weight_decay: float = 5e-4  # coupled in sgd, decoupled in adamw, on all parameters
+    weight_decay: float = 5e-4  # coupled in sgd, decoupled in adamw and nadamw, on all parameters
     schedule: str = "piecewise"
     milestones: tuple[int, ...] = (150, 225, 275)  # epochs at whose beginning a piecewise rate drops
     decay_factor: float = 0.1
@@ -117,6 +120,14 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True)
+class TraceSettings:
+    """`config.trace`: the window of a run of which a timeline is measured, see `tracing`."""
+
+    first_step: int = 20  # so that programs are compiled and the pipeline is full
+    num_steps: int = 0  # 0 for none; a picture shows 32 ticks, the file all
+
+
+@dataclass(frozen=True)
 class Settings:
     """`config`, the whole of it."""
 
@@ -129,6 +140,7 @@ class Settings:
     batch_size: int = 128
     dtype: str = "float32"  # of the computation; parameters and updates are float32
     log_every_steps: int = 50
+    probe_every_steps: int = 0  # what the delay does to one batch (see probe.py) is measured so often; 0 for never
     init_from: str = ""  # weights to begin with: of a run's workdir, of one of its checkpoints, or its params folder
     on_nan: str = "stop"  # at the next log; or "skip" the update of every stage for a batch whose loss is not finite
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -136,6 +148,8 @@ class Settings:
     method: MethodSettings = field(default_factory=MethodSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    trace: TraceSettings = field(default_factory=TraceSettings)
+    profile: bool = False  # that window by jax.profiler too, which slows it
 
 
 def default_config() -> ConfigDict:
@@ -220,6 +234,9 @@ def resolve_comparison(config: Mapping[str, Any]) -> dict[tuple[str, int], Setti
         calls = by_name.read_calls(_typed("config.methods", methods, ""))
     except ValueError as error:
         raise ConfigError(f"config.methods: {error}") from None
+    for name, arguments in calls:
+        if "name" in arguments:
+            raise ConfigError(f"config.methods: a name stands before its arguments; got {name} with {arguments}")
     runs = {
         (by_name.show_call(name, arguments), seed): resolve(
             {**plain, "seed": seed, "method": {**plain["method"], **arguments, "name": name}}
@@ -268,10 +285,11 @@ def _typed(name: str, value: Any, default: Any) -> Any:
 def differences(saved: Mapping[str, Any], settings: Settings) -> list[str]:
     """Where the settings of a saved run are others, of those that its trajectory depends on: "config.seed was 0, is 1".
 
-    What may change: how often is logged and saved, what happens at a NaN, where the data lie, and the number of epochs
-    unless the learning rate follows it.
+    What may change: how often is logged and saved, what is traced, what happens at a NaN, where the data lie, and the
+    number of epochs unless the learning rate follows it.
     """
-    free = {"log_every_steps", "on_nan", "init_from", "engine", "data.path"}
+    free = {"log_every_steps", "probe_every_steps", "on_nan", "init_from", "engine", "data.path"}
+    free |= {"profile", "trace.first_step", "trace.num_steps"}
     if settings.optim.schedule != "cosine":
         free.add("epochs")
     default, asked = _flat(dataclasses.asdict(Settings())), _flat(dataclasses.asdict(settings))
@@ -338,6 +356,7 @@ def _check(settings: Settings) -> None:
         ("epochs", settings.epochs, 1),
         ("batch_size", settings.batch_size, 1),
         ("log_every_steps", settings.log_every_steps, 1),
+        ("probe_every_steps", settings.probe_every_steps, 0),
         ("seed", settings.seed, 0),
         ("model.depth", settings.model.depth, 1),
         ("model.width", settings.model.width, 1),
@@ -349,6 +368,8 @@ def _check(settings: Settings) -> None:
         ("optim.momentum", optim.momentum, 0),
         ("optim.weight_decay", optim.weight_decay, 0),
         ("optim.warmup_epochs", optim.warmup_epochs, 0),
+        ("trace.first_step", settings.trace.first_step, 0),
+        ("trace.num_steps", settings.trace.num_steps, 0),
         ("checkpoint.every_steps", settings.checkpoint.every_steps, 0),
         ("checkpoint.every_minutes", settings.checkpoint.every_minutes, 0),
         ("checkpoint.keep_last", settings.checkpoint.keep_last, 1),
@@ -364,6 +385,10 @@ def _check(settings: Settings) -> None:
         raise ConfigError(f"config.optim.milestones must be epochs from 1 on and increase; got {optim.milestones}")
     if optim.name == "adam" and optim.weight_decay:
         raise ConfigError("adam takes no weight decay: use config.optim.name=adamw, or config.optim.weight_decay=0")
+    if settings.probe_every_steps and settings.method.buffer:
+        raise ConfigError("no probe can follow a batch through buffers: leave config.probe_every_steps at 0")
+    if settings.profile and not settings.trace.num_steps:
+        raise ConfigError("config.profile=true needs a window of steps; add --config.trace.num_steps=20")
     source, path = settings.data.source, settings.data.path
     if path and source == "digits":
         raise ConfigError(f"config.data.path is for sources on disk, digits come with the package; got {path!r}")

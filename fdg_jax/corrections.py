@@ -9,8 +9,10 @@ learning rate: v' = m v + g, w' = w - eta v'. An optimizer is any of optax's, an
 to know of it, it finds out by letting it make a step.
 """
 
+import types
+import typing
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -41,6 +43,16 @@ class Correction:
     predicts: ClassVar[bool] = False
     compares_weights: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if not _fits(value := getattr(self, each.name), each.type):
+                raise TypeError(f"{each.name} of {named(type(self))} cannot be {value!r:.60}")
+
+    def __str__(self) -> str:
+        """The same in every process, functions by their names: checkpoints record it."""
+        facts = [f"{each.name}={_shown(getattr(self, each.name))}" for each in fields(self)]
+        return f"{type(self).__name__}({', '.join(facts)})"
+
     def cotangent_factor(self, k: int, num_stages: int, count: Any) -> Any:
         """What multiplies the error gradient that stage k receives; `count` updates has the stage made so far."""
         return 1.0
@@ -68,7 +80,7 @@ class Correction:
         """Refuses what the correction cannot serve.
 
         Args:
-            optimizer: the user's, not wrapped yet.
+            optimizer: the one in use (see `base_optimizer`), not wrapped yet; of rank 0, the user's.
             policy: which weights answer a late gradient.
             num_stages: K.
 
@@ -87,15 +99,20 @@ class Shrink(Correction):
     Attributes:
         factors: a number in [0, 1], or a function of the stage's updates so far; one for all stages but the last, or a
             tuple with one for each of these.
+        fade: if given, factors are numbers and rise to 1 linearly in so many updates of the stage, f + (1 - f) *
+            min(count / fade, 1); the schedule over steps that can be typed.
     """
 
     factors: Factor | tuple[Factor, ...]
+    fade: int | None = None
 
     def cotangent_factor(self, k: int, num_stages: int, count: Any) -> Any:
         if k == num_stages - 1:  # it answers its own loss
             return 1.0
         factor = self.factors[k] if isinstance(self.factors, tuple) else self.factors
-        return factor(count) if callable(factor) else factor
+        if callable(factor):
+            return factor(count)
+        return factor if self.fade is None else factor + (1 - factor) * jnp.minimum(count / self.fade, 1)
 
     def check(self, optimizer: Optimizer, policy: str, num_stages: int) -> None:
         factors = self.factors if isinstance(self.factors, tuple) else (self.factors,)
@@ -107,6 +124,8 @@ class Shrink(Correction):
         for factor in factors:
             if not callable(factor) and not 0 <= factor <= 1:
                 raise ValueError(f"Shrink: a factor must lie in [0, 1]; got {factor!r}")
+        if self.fade is not None and (self.fade < 1 or any(map(callable, factors))):
+            raise ValueError(f"Shrink: fade must be at least 1 update, and factors numbers; got {self!s}")
         if any(factor != 1 for factor in factors):
             check_scale(optimizer)
 
@@ -303,8 +322,9 @@ class SpikeCompensation(Correction):
         states = _states(optimizer)
         if states is not None and "TraceState" not in states:
             raise ValueError(
-                "SpikeCompensation corrects the momentum of optax.trace, and this optimizer keeps "
-                f"{', '.join(states) or 'none'}; use optim.sgd with momentum, or WeightPrediction with any optimizer"
+                f"{named(SpikeCompensation)} corrects the momentum of optax.trace, and this optimizer keeps "
+                f"{', '.join(states) or 'none'}; use optim.sgd with momentum (config.optim.name=sgd), or "
+                f"{named(WeightPrediction)} with any optimizer"
             )
 
 
@@ -335,8 +355,8 @@ class DelayCompensation(Correction):
             raise ValueError(f"DelayCompensation: strength must not be negative; got {self.strength!r}")
         if policy != "stash":
             raise ValueError(
-                "DelayCompensation compares today's weights with those of the forward, which policy 'stash' keeps; "
-                f"got policy {policy!r}: use 'stash', or WeightPrediction"
+                f"{named(DelayCompensation)} compares today's weights with those of the forward, which policy 'stash' "
+                f"keeps; got policy {policy!r}: use a method with 'stash', as ddg or fdg, or {named(WeightPrediction)}"
             )
 
 
@@ -356,7 +376,8 @@ class Nesterov(Correction):
         low: if given, gamma_k = low + tau_k (momentum - low) / K, never above `momentum`. The cap is ours: published
             for PipeDream, where tau_k < K, the formula passes 1 for the delays of FDG.
         build: gamma -> optimizer. Replaces the one of the run, and takes momentum and discount upon itself: the
-            authors' NAdam is `lambda gamma: optax.nadamw(3e-4, b1=gamma)`.
+            authors' NAdam is `lambda gamma: optax.nadamw(3e-4, b1=gamma)`. It is not needed with `optim.nadamw`, which
+            knows itself how to be built with another momentum.
     """
 
     momentum: float = 0.99
@@ -372,18 +393,24 @@ class Nesterov(Correction):
 
     def optimizer(self, optimizer: Optimizer, tau: int, k: int, num_stages: int) -> Optimizer:
         gamma = self.gamma(tau, num_stages)
-        if self.build:
-            return self.build(gamma)
+        if build := self._build(optimizer):
+            return build(gamma)
         return optax.chain(optimizer, optax.scale(1 - gamma), optax.trace(gamma, nesterov=True))
+
+    def _build(self, optimizer: Optimizer) -> Callable[[float], Optimizer] | None:
+        return self.build or getattr(optimizer, "with_momentum", None)
 
     def check(self, optimizer: Optimizer, policy: str, num_stages: int) -> None:
         low = self.momentum if self.low is None else self.low
         if not 0 <= low <= self.momentum < 1:
             raise ValueError(f"Nesterov: 0 <= low <= momentum < 1 must hold; got {self.low!r} and {self.momentum!r}")
-        if self.build is None and has_momentum(optimizer):
+        if build := self._build(optimizer):
+            if not isinstance(made := build(self.momentum), optax.GradientTransformation):
+                raise TypeError(f"Nesterov: build must return an optimizer, as optax.nadamw does; got {made!r:.60}")
+        elif has_momentum(optimizer):
             raise ValueError(
-                "Nesterov brings the momentum, and this optimizer has one of its own; "
-                "use optim.sgd(momentum=0) or optax.adam(b1=0), or give Nesterov(build=...)"
+                f"{named(Nesterov)} brings the momentum, and this optimizer has one of its own; use one without "
+                "(config.optim.momentum=0), or optim.nadamw (config.optim.name=nadamw), whose momentum it sets"
             )
 
 
@@ -414,6 +441,12 @@ CORRECTIONS: dict[str, type[Correction]] = {
 }
 
 
+def named(kind: type[Correction]) -> str:
+    """What a user looks for, in Python and in a config: "SpikeCompensation (spike_compensation in a config)"."""
+    typed = [name for name, known in CORRECTIONS.items() if known is kind]
+    return f"{kind.__name__} ({typed[0]} in a config)" if typed else kind.__name__
+
+
 def cotangent_factor(corrections: Sequence[Correction], k: int, num_stages: int, count: Any) -> Any:
     """The product of all factors; the number 1.0 where there is nothing to multiply."""
     product: Any = 1.0
@@ -439,6 +472,11 @@ def correct_optimizer(
     for correction in sorted(corrections, key=lambda correction: correction.rank):
         optimizer = correction.optimizer(optimizer, tau, k, num_stages)
     return optimizer
+
+
+def base_optimizer(corrections: Sequence[Correction], optimizer: Optimizer, num_stages: int) -> Optimizer:
+    """The optimizer that makes the steps: the user's, or what a correction (rank 0) puts in its place."""
+    return correct_optimizer([each for each in corrections if each.rank == 0], optimizer, 0, 0, num_stages)
 
 
 def synchronous_optimizer(
@@ -490,7 +528,12 @@ def check(corrections: Sequence[Correction], optimizer: Optimizer, policy: str, 
         ValueError: in one line, with the alternative.
     """
     for correction in corrections:
-        correction.check(optimizer, policy, num_stages)
+        if correction.rank == 0:
+            correction.check(optimizer, policy, num_stages)
+    used = base_optimizer(corrections, optimizer, num_stages)
+    for correction in corrections:
+        if correction.rank > 0:
+            correction.check(used, policy, num_stages)
     names = [type(correction).__name__ for correction in corrections]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -512,7 +555,8 @@ def check_scale(optimizer: Optimizer) -> None:
         raise ValueError(
             "shrinking gradients (beta < 1) does nothing, as the optimizer "
             f"({', '.join(_states(optimizer) or []) or 'without state'}) ignores their scale; "
-            "use LearningRateShrinking or LearningRateDamping, or optim.sgd"
+            f"leave it at 1 and use {named(LearningRateShrinking)} or {named(LearningRateDamping)}, "
+            "or use optim.sgd (config.optim.name=sgd)"
         )
 
 
@@ -520,8 +564,9 @@ def scale_free(optimizer: Optimizer) -> bool:
     """Whether half the gradients lead to the same updates, as with Adam.
 
     Decided by a trial with random gradients, tiny, middling and huge: one that clips ignores the scale of the huge ones
-    only. Its first steps are passed over, in which averages that start from zero may not be full yet. One that does not
-    move, or cannot be tried on a kernel and a bias, counts as heeding the scale.
+    only. Its first steps are passed over, in which averages that start from zero may not be full yet, but where a
+    schedule of the rate lets it move in no others. One that never moves, or cannot be tried on a kernel and a bias,
+    counts as heeding the scale.
     """
     rng = np.random.default_rng(0)
 
@@ -532,13 +577,12 @@ def scale_free(optimizer: Optimizer) -> bool:
     update = jax.jit(optimizer.update)
 
     def trial(size):
-        state, late = optimizer.init(params), []
+        state, moves = optimizer.init(params), []
         for step in range(16):
             scaled = jax.tree.map(lambda g: np.float32(size) * g, gradients[step % 4])
             updates, state = update(scaled, state, params)
-            if step >= 8:
-                late += [np.ravel(leaf) for leaf in jax.tree.leaves(updates)]
-        return np.concatenate(late)
+            moves.append(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(updates)]))
+        return np.stack(moves[8:] if np.any(moves[8:]) else moves)
 
     def same(size):
         whole, half = trial(size), trial(size / 2)
@@ -552,7 +596,7 @@ def scale_free(optimizer: Optimizer) -> bool:
 
     try:
         whole, half = first(1e-2), first(5e-3)
-        if np.linalg.norm(whole - 2 * half) <= 1e-3 * np.linalg.norm(whole):
+        if whole.any() and np.linalg.norm(whole - 2 * half) <= 1e-3 * np.linalg.norm(whole):
             return False  # as SGD does, whose trial would cost a compilation
         return all(same(size) for size in (1e-2, 1.0, 1e2))
     except Exception:  # masks made for one network, for instance
@@ -568,6 +612,25 @@ def has_momentum(optimizer: Optimizer) -> bool:
     except Exception:  # as above
         return False
     return bool(jnp.any(updates != 0))
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of the annotated type; numbers may be NumPy's or JAX's, and are no truth values."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return any(_fits(value, each) for each in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(each, typing.get_args(kind)[0]) for each in value)
+    if typing.get_origin(kind) is Callable:
+        return callable(value)
+    if kind in (int, float):
+        return hasattr(value, "__index__" if kind is int else "__float__") and not isinstance(value, bool)
+    return not isinstance(kind, type) or isinstance(value, kind)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_shown, value))}{',' * (len(value) == 1)})"
+    return getattr(value, "__qualname__", type(value).__name__) if callable(value) else repr(value)
 
 
 def _is_trace(node: Any) -> bool:

@@ -7,11 +7,8 @@ status: 0 done, 1 the run failed, 2 the configuration is wrong, 130 or 143 stopp
 """
 
 import os
-import re
 import signal
-import sys
 import threading
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -19,76 +16,91 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from fdg_jax.allocator import keep_memory
 from fdg_jax.compare import compare
-from fdg_jax.config import COMPARISON_KEYS, CONFIG_KEYS, ConfigError, Settings, resolve, resolve_comparison
-from fdg_jax.console import describe_metrics
-from fdg_jax.names import check_name
+from fdg_jax.config import ConfigError, Settings, resolve, resolve_comparison
+from fdg_jax.console import LOG_FORMATS, JsonLines, describe_metrics, insist, voices
+from fdg_jax.flags import complain, experiment_name, given_config, parse_flags
 from fdg_jax.resume import goes_on
 from fdg_jax.saving import RunFailed
 from fdg_jax.sealed import free_name
 from fdg_jax.train import train_and_evaluate
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "The experiment, for example experiments/digits.py. Its keys can be overridden: --config.method.beta=0.2, "
-    "--config.num_stages=4; fdg_jax/config.py lists them all.",
-    lock_config=True,
-)
+flags.declare_key_flag("config")  # so that --help tells of it
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
     "Folder for the settings, metrics, checkpoints and weights, in which a run that was stopped goes on; by default "
     "runs/ and the name of the experiment.",
 )
+_LOG_FORMAT = flags.DEFINE_enum(
+    "log_format",
+    "text",
+    LOG_FORMATS,
+    "text for people; or json, an object a line on stdout for machines (docs/logs.md), and text on stderr.",
+)
+_QUIET = flags.DEFINE_bool("quiet", False, "Say nothing but warnings, errors and the last line.")
 
 STOPPED_AT_ONCE = "stopped at once; what was written before is kept"
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the experiment that the flags name; returns the exit status."""
-    console = Console()
+    console, lines = _voices()
     keep_memory()  # before there are threads
-    with _ending_at_once(console):
-        return _main(argv, console)
+    with _ending_at_once(console), lines.alone():
+        return _main(argv, console, lines)
 
 
-def _main(argv: Sequence[str], console: Console) -> int:
+def _voices() -> tuple[Console, JsonLines]:
+    return voices(_LOG_FORMAT.value, _QUIET.value)
+
+
+def _main(argv: Sequence[str], console: Console, lines: JsonLines) -> int:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
     try:
         if len(argv) > 1:
             raise ConfigError(f"unexpected argument {argv[1]!r}; flags begin with --config. or --workdir")
-        return _carry_out(_given_config(), console)
-    except ConfigError as error:
-        return _complain(error, 2)
-    except RunFailed as error:
-        return _complain(error, 1)
+        return _carry_out(given_config(), console, lines)
+    except (ConfigError, RunFailed) as error:
+        status = 2 if isinstance(error, ConfigError) else 1
+        lines.write("end", {"exit_status": status, "error": str(error)})
+        return complain(error, status)
     except KeyboardInterrupt:
-        _complain(STOPPED_AT_ONCE, 130)
+        complain(STOPPED_AT_ONCE, 130)
         os._exit(130)  # not to wait for the devices, nor for what is being written
 
 
-def _carry_out(config: ConfigDict, console: Console) -> int:
+def _carry_out(config: ConfigDict, console: Console, lines: JsonLines) -> int:
     """Trains, or compares methods; the exit status."""
     runs = resolve_comparison(config) if "methods" in config else {}
     settings = next(iter(runs.values())) if runs else resolve(config)
     make_devices(1 if settings.engine == "fused" else settings.num_stages)
     if _WORKDIR.value == "":
         raise ConfigError("--workdir is empty; name a folder, or leave it out for one under runs/")
-    base = Path("runs") / _experiment_name()
+    base = Path("runs") / experiment_name()
     if runs:
-        stopped_by = compare(runs, Path(_WORKDIR.value or base), console)
-        return 128 + stopped_by if stopped_by else 0
+        stopped_by = compare(runs, Path(_WORKDIR.value or base), console, lines)
+        status = 128 + stopped_by if stopped_by else 0
+        lines.write("end", {"exit_status": status, "runs": len(runs)})
+        return status
     workdir = Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(base, settings)
-    result = train_and_evaluate(settings, workdir, console)
+    result = train_and_evaluate(settings, workdir, console, lines)
+    status = 128 + result.stopped_by if result.stopped_by else 0
     line = result.summary if result.stopped_by else f"{describe_metrics(result.metrics)}  {result.summary}"
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
-    return 128 + result.stopped_by if result.stopped_by else 0
+    insist(console, line)
+    end = {
+        "exit_status": status,
+        "workdir": str(workdir),
+        "seconds": round(result.seconds, 3),
+        "summary": result.summary,
+    }
+    lines.write("end", end | result.metrics)
+    return status
 
 
 @contextmanager
@@ -104,7 +116,7 @@ def _ending_at_once(console: Console) -> Iterator[None]:
 
     def end(number: int, frame: object = None) -> None:
         console.show_cursor()
-        os._exit(_complain(STOPPED_AT_ONCE, 128 + number))
+        os._exit(complain(STOPPED_AT_ONCE, 128 + number))
 
     handlers = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     hears, tells = os.pipe()
@@ -141,66 +153,9 @@ def make_devices(num_devices: int) -> None:
         jax.config.update("jax_num_cpu_devices", min(num_devices, 1024))
 
 
-def _given_config():
-    if not _CONFIG.present:
-        raise ConfigError("--config is missing; try --config experiments/digits.py")
-    try:
-        config = _CONFIG.value
-        config.keys()
-    except (OSError, AttributeError) as error:  # ml_collections puts an OSError off until the config is used
-        if not Path(_config_file()).is_file():
-            raise ConfigError(f"there is no file --config={_config_file()}; try experiments/digits.py") from None
-        raise ConfigError(f"--config={_config_file()} fails: {error.__cause__ or error}") from None
-    if not isinstance(config, ConfigDict):
-        raise ConfigError(f"get_config() of --config={_config_file()} must return a ConfigDict, like default_config()")
-    return config
-
-
-def _config_file() -> str:
-    return config_flags.get_config_filename(flags.FLAGS["config"])
-
-
-def _experiment_name() -> str:
-    return Path(_config_file()).stem
-
-
 def default_workdir(base: Path, settings: Settings) -> Path:
     """The folder, or the next like it, that does not exist or holds this very run unfinished: runs/digits, -2, .."""
     return free_name(base, taken=lambda folder: os.path.exists(folder) and not goes_on(folder, settings))
-
-
-def _complain(reason: object, status: int) -> int:
-    print(f"fdg_jax: {reason}", file=sys.stderr)
-    return status
-
-
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Flags, or one line about the first that is wrong and exit status 2."""
-    try:
-        for key in re.findall(r"^--?config\.([\w.]+)", "\n".join(argv), re.MULTILINE):
-            if key not in COMPARISON_KEYS:
-                check_name("config key", key, CONFIG_KEYS)
-        return flags.FLAGS(list(argv))
-    except Exception as error:  # the config file is Python, and may raise anything
-        raise SystemExit(_complain(_fault_of_config_file(error) or _first_line(error), 2)) from None
-
-
-def _fault_of_config_file(error: BaseException | None) -> str | None:
-    """What went wrong in the config file, and where; None where the fault is not in it."""
-    while error is not None:
-        frames = traceback.walk_tb(error.__traceback__)
-        lines = [(f.f_code.co_filename, n) for f, n in frames if f.f_globals.get("__name__") == "config_config"]
-        if isinstance(error, ConfigError):
-            return str(error)
-        if lines or isinstance(error, SyntaxError):
-            place = " ({}, line {})".format(*lines[-1]) if lines else ""  # a SyntaxError tells its place itself
-            return f"the config file fails: {type(error).__name__}: {_first_line(error)}{place}"
-        error = error.__context__
-    return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 if __name__ == "__main__":

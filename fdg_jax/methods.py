@@ -5,7 +5,7 @@ from and what happens to it (`head`, `synthesiser`, `beta`), and what makes up f
 """
 
 import runpy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,7 +13,8 @@ from fdg_jax import schedule as schedules
 from fdg_jax.backward import POLICIES
 from fdg_jax.corrections import Correction, SwitchToSynchronous
 from fdg_jax.names import check_name
-from fdg_jax.schedule import ORDERS, Schedule, staleness
+from fdg_jax.reuse import Buffering
+from fdg_jax.schedule import BACKWARD, FORWARD, ORDERS, UPDATE, Op, Row, Schedule, staleness, unroll
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Method:
         head: of a local loss on every stage but the last, "mlp_sr" or "linear" (see `local`); None where error
             gradients come from the next stage.
         synthesiser: of the error gradient on every stage but the last; None where it is not predicted.
+        reuse: of batches, by stages that wait for nobody; None where every stage answers each of them once.
         corrections: of the delay (see `corrections`).
     """
 
@@ -65,7 +67,13 @@ class Method:
     vertical_sync: bool = False
     head: str | None = None
     synthesiser: Synthesiser | None = None
+    reuse: Buffering | None = None
     corrections: tuple[Correction, ...] = ()
+
+    def __post_init__(self) -> None:
+        given = self.corrections
+        if not isinstance(given, tuple) or not all(isinstance(each, Correction) for each in given):
+            raise TypeError(f"corrections must be objects, as (corrections.Shrink(0.5),); got {given!r:.80}")
 
     def __str__(self) -> str:
         facts = [f"beta={self.beta:g}"] if self.name in BETA else []
@@ -75,6 +83,7 @@ class Method:
         facts += ["vertical_sync"] if self.vertical_sync else []
         facts += [f"head={self.head}"] if self.head else []
         facts += [str(self.synthesiser)] if self.synthesiser else []
+        facts += [str(self.reuse)] if self.reuse else []
         facts += map(str, self.corrections)
         return f"{self.name}({', '.join(facts)})" if facts else self.name
 
@@ -82,6 +91,17 @@ class Method:
         """tau_k of its schedule; with vertical sync all stages are as stale as stage 0."""
         taus = staleness(schedule)
         return (taus[0],) * len(taus) if self.vertical_sync else taus
+
+    def rows(self, schedule: Schedule) -> Iterator[Row]:
+        """What the stages do, tick by tick, for ever; where batches are used again they come again."""
+        if self.reuse is None:
+            yield from unroll(schedule)
+            return
+        reuse = self.reuse.start(schedule.num_stages)
+        while True:
+            reuse, uses = reuse.step()
+            visits = ([Op(kind, use.batch) for kind in (FORWARD, BACKWARD, UPDATE)] if use else [] for use in uses)
+            yield tuple(map(tuple, visits))
 
     @property
     def switch_after(self) -> int | None:
@@ -119,7 +139,11 @@ def one_f_one_b(micro_batches: int = 4) -> Method:
 
 
 def ddg(policy: str = "stash") -> Method:
-    """Decoupled parallel backpropagation (Huo et al. 2018): stages go backward at once, K-1-k batches late."""
+    """Decoupled parallel backpropagation (Huo et al. 2018): stages go backward at once, K-1-k batches late.
+
+    A batch enters every K ticks, so that this is D_k = (K+1)(K-1-k) ticks: K for each batch, and the K-1-k in which its
+    error gradient comes down.
+    """
     return Method("ddg", schedules.ddg, _policy(policy))
 
 
@@ -163,7 +187,8 @@ def pipelined_bp(policy: str = "current", corrections: Sequence[Correction] = ()
     Theirs are `corrections.SpikeCompensation()` and `corrections.LinearPrediction()`; the batch size was one.
     """
     schedule = partial(schedules.fdg, order="forward_first")
-    return Method("pipelined_bp", schedule, _policy(policy), corrections=tuple(corrections))
+    given = tuple(corrections) if isinstance(corrections, Sequence) else corrections
+    return Method("pipelined_bp", schedule, _policy(policy), corrections=given)
 
 
 def pipedream(policy: str = "stash", vertical_sync: bool = False) -> Method:
@@ -185,10 +210,28 @@ def pipedream_2bw(micro_batches: int = 4) -> Method:
     return Method("pipedream_2bw", schedule, "stash", micro_batches=micro_batches)
 
 
-def dgl(head: str = "mlp_sr") -> Method:
-    """Decoupled greedy learning (Belilovsky et al. 2020): a head and a loss on every stage, and nothing sent back."""
+def dgl(head: str = "mlp_sr", buffer: int = 0, max_uses: int = 0, slowdown: Sequence[int] = ()) -> Method:
+    """Decoupled greedy learning (Belilovsky et al. 2020): a head and a loss on every stage, and nothing sent back.
+
+    Args:
+        head: "mlp_sr" or "linear".
+        buffer: 0 for stages in lock-step. With more none waits for another (section 3.3): each keeps so many of the
+            messages that it was sent, trains on one in every turn, again where no new one has come, and never on some
+            where more have come than it has turns. See `reuse`.
+        max_uses: of a message; 0 for as many as it takes.
+        slowdown: stage k has a turn in every slowdown[k]-th tick; empty where all are equally fast.
+
+    Raises:
+        ValueError: a value outside these, or one that says something about a buffer where there is none.
+    """
     check_name("head", head, ("mlp_sr", "linear"))
-    return Method("dgl", schedules.local, head=head)
+    for name, number in (("buffer", buffer), ("max_uses", max_uses)):
+        if not hasattr(number, "__index__") or number < 0:
+            raise ValueError(f"{name} must be a whole number, 0 or more; got {number!r}")
+    if not buffer and (max_uses or slowdown):
+        raise ValueError("max_uses and slowdown are of stages with a buffer: set buffer to 1 or more; got 0")
+    reuse = Buffering(buffer, max_uses or None, tuple(slowdown)) if buffer else None
+    return Method("dgl", schedules.local, head=head, reuse=reuse)
 
 
 def dni(kind: str = "deep", context: bool = True, learning_rate: float = 1e-4, width: int = 128) -> Method:
@@ -198,8 +241,8 @@ def dni(kind: str = "deep", context: bool = True, learning_rate: float = 1e-4, w
         kind, context, learning_rate, width: of the synthesisers; see `Synthesiser`.
     """
     check_name("synthesiser", kind, ("deep", "linear"))
-    if not learning_rate >= 0:
-        raise ValueError(f"learning_rate of the synthesisers must not be negative; got {learning_rate!r}")
+    if not hasattr(learning_rate, "__float__") or not learning_rate >= 0:
+        raise ValueError(f"learning_rate of the synthesisers must be a number and not negative; got {learning_rate!r}")
     synthesiser = Synthesiser(kind, context, learning_rate, _count("width", width))
     return Method("dni", schedules.dni, synthesiser=synthesiser)
 

@@ -6,6 +6,7 @@ and its schedule.
 
 import argparse
 import inspect
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -28,7 +29,9 @@ HEADS = (
     "used",
 )
 LEGEND = """\
-breaks: forward (F), backward (B) and update (U) lock. D_k: ticks from a batch's forward on stage k to its backward.
+breaks: forward (F), backward (B) and update (U) lock. D_k: ticks from a batch's forward on stage k to its backward. A
+batch enters every tick in fdg, adl and pipelined_bp, whose D_k are batches too; every second in pipedream, and every K
+in ddg and features_replay, where they are K-1-k batches, rounded down.
 tau_k: updates of the stage's weights between the two. Answers with: the weights of the forward, or today's. Memos:
 what a stage holds of forwards for their backwards at most, the one at work included, and what they are made of.
 Versions: of the weights that a stage holds, today's included. Added: networks for a local loss or predictions, which
@@ -143,6 +146,7 @@ def _label(method: Method, schedule: Schedule) -> str:
     facts = [method.policy] if method.policy != usual else []
     facts += [f"M = {schedule.group}"] if schedule.group > 1 else []
     facts += ["vertical sync"] if method.vertical_sync else []
+    facts += [str(method.reuse)] if method.reuse else []
     return ", ".join([method.name, *facts])
 
 
@@ -207,9 +211,11 @@ def main() -> None:
     parser.add_argument("--num_stages", type=int, default=3, help="K, 3 by default")
     num_stages = parser.parse_args().num_stages
     try:
-        print(f"{table(num_stages)}\n\n{LEGEND}")
+        print(f"{table(num_stages)}\n\n{LEGEND}", flush=True)
     except ValueError as error:
         sys.exit(f"fdg_jax: {error}")
+    except BrokenPipeError:  # the reader, `head` for one, has enough; at its end Python would write again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def check_name(kind: str, name: object, valid: Iterable[str]) -> None:
         lower = {known.lower(): known for known in valid}
         near = [lower[match] for match in difflib.get_close_matches(str(name).lower(), lower, n=2, cutoff=0.4)]
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "it must be one of"
-        if near and len(valid) > 12:
+        if near and len(valid) > 16:  # all methods are shown, not all keys of a config
             raise ValueError(f"unknown {kind} {name!r}; {hint}")
         few = ", ".join(valid[:40]) + (f" and {len(valid) - 40} more" if len(valid) > 40 else "")
         raise ValueError(f"unknown {kind} {name!r}; {hint} ({few})")

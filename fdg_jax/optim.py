@@ -1,6 +1,6 @@
 """SGD as the papers state it, and learning rate schedules. Everything counts a stage's own updates."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import optax
@@ -19,6 +19,33 @@ def sgd(
         optax.trace(momentum, nesterov) if momentum else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+class WithMomentum(optax.GradientTransformation):
+    """An optimizer that knows how to be built with another momentum, as `corrections.Nesterov` wants it.
+
+    Attributes:
+        with_momentum: momentum -> optimizer.
+    """
+
+    with_momentum: Callable[[float], optax.GradientTransformation]
+
+    def __new__(cls, build: Callable[[float], optax.GradientTransformation], momentum: float) -> "WithMomentum":
+        self = super().__new__(cls, *build(momentum))
+        self.with_momentum = build
+        return self
+
+
+def nadamw(learning_rate: optax.ScalarOrSchedule, momentum: float = 0.9, weight_decay: float = 0.0) -> WithMomentum:
+    """Adam with Nesterov momentum and decoupled weight decay; `corrections.Nesterov` chooses the momentum of a stage.
+
+    The discount of the gradient, 1 - momentum, is Adam's own.
+    """
+
+    def build(momentum):
+        return optax.nadamw(learning_rate, b1=momentum, weight_decay=weight_decay)
+
+    return WithMomentum(build, momentum)
 
 
 def piecewise(

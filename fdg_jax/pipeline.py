@@ -18,6 +18,7 @@ from fdg_jax.backward import resolve_remat
 from fdg_jax.checks import (
     array_shapes,
     batch_shapes,
+    batch_signature,
     batched_shapes,
     check_ingredients,
     typed_key,
@@ -25,14 +26,16 @@ from fdg_jax.checks import (
     without_batch,
 )
 from fdg_jax.data.source import Feed
-from fdg_jax.engine.base import NO_FAULT, Added, Engine, Fault, FirstFault, Loss, Metrics, Plan, PyTree, State
+from fdg_jax.engine.base import NO_FAULT, Added, Engine, Fault, FirstFault, Loss, Metrics, Observer, Plan, PyTree, State
 from fdg_jax.engine.fused import Fused
 from fdg_jax.engine.mpmd import Mpmd
+from fdg_jax.engine.reusing import Reusing
 from fdg_jax.engine.switching import Switching, synchronous
+from fdg_jax.forecast import Forecast, forecasts
 from fdg_jax.local import make_heads, make_synthesisers
 from fdg_jax.methods import Method
 from fdg_jax.names import check_name
-from fdg_jax.overview import Forecast, forecast, overview
+from fdg_jax.overview import overview
 from fdg_jax.partition import assign_devices, resolve_cuts
 from fdg_jax.snapshot import Snapshot
 from fdg_jax.stacking import optimizer_allows
@@ -43,8 +46,16 @@ ENGINES = {"mpmd": Mpmd, "fused": Fused}
 BEYOND_LAYERS = 2**31  # a number that no layer has, so that heads do not depend on how many there are
 
 
-def choose_engine(engine: str, devices: Sequence[jax.Device]) -> str:
-    """The engine that "auto" stands for: "fused" where there is one accelerator and nothing else."""
+def choose_engine(engine: str, devices: Sequence[jax.Device], method: Method | None = None) -> str:
+    """The engine that "auto" stands for: "fused" where there is one accelerator and nothing else.
+
+    Raises:
+        ValueError: the method is one for "mpmd" alone, and another is wanted.
+    """
+    if method and method.reuse:
+        if engine == "fused":
+            raise ValueError(f"engine='fused' cannot use batches again as {method} does; use engine='mpmd'")
+        return "mpmd"
     if engine != "auto":
         return engine
     return "fused" if len(set(devices)) == 1 and devices[0].platform != "cpu" else "mpmd"
@@ -58,6 +69,12 @@ def stage_optimizers(
     Raises:
         ValueError: a correction cannot serve this optimizer or policy, or gradients are shrunk whose scale is ignored.
     """
+    if method.corrections and schedule.local:
+        names = ", ".join(corrections.named(type(each)) for each in method.corrections)
+        raise ValueError(
+            f"{names} corrects or ends a delay, and {method.name} has none; leave it out, or go on from its weights "
+            "with another method: init(key, example_inputs, params=...), config.init_from"
+        )
     corrections.check(method.corrections, optimizer, method.policy, schedule.num_stages)
     if any(each.predicts for each in method.corrections) and (schedule.double_buffered or method.vertical_sync):
         raise ValueError(
@@ -65,12 +82,7 @@ def stage_optimizers(
             "use pipedream without vertical_sync, or fdg"
         )
     if 0 < method.beta < 1 and schedule.num_stages > 1:
-        corrections.check_scale(optimizer)
-    if method.switch_after is not None and schedule.local:
-        raise ValueError(
-            f"SwitchToSynchronous ends a delay, and {method.name} has none; leave it out, or go on from its weights "
-            "with bp: init(key, example_inputs, params=...)"
-        )
+        corrections.check_scale(corrections.base_optimizer(method.corrections, optimizer, schedule.num_stages))
     taus = enumerate(method.staleness(schedule))
     correct = corrections.correct_optimizer
     return tuple(correct(method.corrections, optimizer, tau, k, schedule.num_stages) for k, tau in taus)
@@ -150,19 +162,24 @@ class Pipeline:
         self.num_stages = len(self.cuts) + 1
         self.schedule = method.schedule(self.num_stages)
         schedules.validate(self.schedule)
+        if method.reuse:
+            method.reuse.start(self.num_stages)
         self.remat = resolve_remat(remat, self.num_stages, method.policy)
         self.optimizers = stage_optimizers(method, self.schedule, optimizer)
         self.loss, self.optimizer, self.method = loss, optimizer, method
         devices = tuple(jax.devices() if devices is None else devices)
-        self.engine = choose_engine(engine, devices)
+        self.engine = choose_engine(engine, devices, method)
         self.devices = assign_devices(devices[:1] if self.engine == "fused" else devices, self.num_stages)
-        self._engine_type, self._stack, self._skip_nonfinite = ENGINES[self.engine], stack, skip_nonfinite
+        self._engine_type = Reusing if method.reuse else ENGINES[self.engine]
+        self._stack, self._skip_nonfinite = stack, skip_nonfinite
+        self._rehearsing = False
         self._bounds = (0, *self.cuts, len(self.layers))
         # Known after `init`, and the targets after the first batch: what is compiled depends on it.
         self._engine: Engine | None = None
         self._forecasts: list[Forecast] = []
         self._inputs: PyTree = None
         self._targets: PyTree = None
+        self._checked: tuple | None = None  # of the last batch that was looked at
 
     def init(
         self,
@@ -204,9 +221,36 @@ class Pipeline:
         )
         engine = self._make_engine(plan)
         state = engine.init(start_params, start_state, key_run, first_batch * self.method.micro_batches)
-        self._engine, self._inputs, self._targets = engine, shapes_in, None
-        self._forecasts = [forecast(plan, k, own, engine.workers.get(k)) for k, own in enumerate(state.stages)]
+        self._engine, self._inputs, self._targets, self._checked = engine, shapes_in, None, None
+        self._forecasts = forecasts(plan, state.stages, engine.workers)
         return state
+
+    def rehearse(self, example_inputs: PyTree, example_targets: PyTree) -> Engine:
+        """What `init` and the first batch would make, as shapes: an engine to look at, in which nothing can be run.
+
+        `forecasts` and `show` then tell what they do after `init`, and of the last stage's memos too. No array of the
+        network's is made; the layers may hold shapes, as `models.abstract` makes them. The optimizer is taken to allow
+        stacked parameters, as those of `config.optim` do, without a trial.
+
+        Args:
+            example_inputs, example_targets: of a batch, arrays or `jax.ShapeDtypeStruct`s.
+
+        Raises:
+            ValueError, TypeError: as `init`, and where the loss is not a scalar.
+        """
+        targets = split_shapes(batched_shapes("example_targets", example_targets), self.method.micro_batches)
+
+        def trace() -> None:
+            state, engine = self.init(jax.random.key(0), example_inputs), self._started()
+            engine.expect(state, targets)
+            self._forecasts = forecasts(engine.plan, state.stages, engine.workers)
+
+        self._rehearsing = True
+        try:
+            jax.eval_shape(trace)
+        finally:
+            self._rehearsing = False
+        return self._started()
 
     def _added(self, shapes: list[PyTree], key: jax.Array) -> tuple[Added | None, ...]:
         """What the method adds to the stages, all but the last."""
@@ -257,9 +301,10 @@ class Pipeline:
                 for i, j in pairwise(self._bounds)
             ]
         )
+        optimizer = corrections.base_optimizer(self.method.corrections, self.optimizer, self.num_stages)
         pairs = [params[run : run + 2] for stage in stages for run in stage.runs]
         distinct = {(jax.tree.structure(pair), describe(pair)): pair for pair in pairs}
-        if distinct and not optimizer_allows(self.optimizer, list(distinct.values())):
+        if distinct and not self._rehearsing and not optimizer_allows(optimizer, list(distinct.values())):
             log.info("the optimizer tells stacked parameters from single ones: equal layers stay unstacked")
             return single
         return stages
@@ -281,10 +326,12 @@ class Pipeline:
             ValueError: the batch does not fit, or the loss is not a scalar.
         """
         engine = self._started()
-        _, targets = batch_shapes(batch, self._inputs, self._targets)
+        signature = batch_signature(batch)
+        known = signature is not None and signature == self._checked
+        targets = self._targets if known else batch_shapes(batch, self._inputs, self._targets)[1]
         with using(state, self.num_stages):
             state, left = engine.step(state, *batch)
-        self._targets = targets
+        self._targets, self._checked = targets, signature
         return state, _mean(left)
 
     def run(self, state: State, feed: Feed, num_batches: int) -> tuple[State, Metrics | None]:
@@ -396,7 +443,7 @@ class Pipeline:
             agreement.compare_totals(totals, reported)
         for (k, batch), memo in found.memos.items():
             agreement.compare_memos(f"the memo of batch {batch} on stage {k}", memo, workers[k].memo_shapes(targets))
-        self._targets = whole
+        self._targets, self._checked = whole, None
         return found
 
     def _identity(self) -> dict[str, Any]:
@@ -462,13 +509,28 @@ class Pipeline:
         places = [FirstFault(k, i // micro, self._started().tick_of_answer(k, i)) for k, i in met]
         return min(places, key=lambda place: (place.tick, -place.stage), default=None)
 
+    def observe(self, observer: Observer | None) -> None:
+        """Tells an observer of every visit from now on, as `recorder.Recorder`; None ends it. Steps stay as they are.
+
+        Raises:
+            ValueError: the engine is fused, which has no visits.
+        """
+        self._started().observe(observer)
+
     def show(self, ticks: int = 8) -> str:
         """The schedule's picture for a few ticks, then a line a stage: layers, delay, staleness, device, memory.
 
         Memory, and the parameters of layers that bring none, are known after `init`.
         """
         return overview(
-            self.method, self.schedule, self.layers, self._bounds, self.devices, self._forecasts or None, ticks
+            self.method,
+            self.schedule,
+            self.layers,
+            self._bounds,
+            self.devices,
+            self._forecasts or None,
+            self.extra_params if self._engine else None,
+            ticks,
         )
 
     @property
@@ -484,6 +546,8 @@ class Pipeline:
     @property
     def ticks_per_batch(self) -> int:
         """How many ticks a batch brings on."""
+        if self.method.reuse:
+            return self.method.reuse.period
         return self.schedule.period * self.method.micro_batches // self.schedule.group
 
     def _started(self) -> Engine:

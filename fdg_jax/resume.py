@@ -13,6 +13,7 @@ from fdg_jax.agreement import Mismatch
 from fdg_jax.build import build, described, example_images
 from fdg_jax.checkpoint import Checkpoints, Weights, load_weights, read_checkpoint
 from fdg_jax.config import ConfigError, Settings, differences
+from fdg_jax.console import warn
 from fdg_jax.data import Source
 from fdg_jax.engine.base import State
 from fdg_jax.lock import is_locked
@@ -92,7 +93,7 @@ def find(settings: Settings, workdir: Path, checkpoints: Checkpoints, console: C
     if found.differences and settings.checkpoint.resume != "params":
         raise ConfigError(f"{workdir} holds a run of other settings: {'; '.join(found.differences)}; {WAYS_OUT}")
     for path, why in damaged:
-        console.print(f"{why}; going back to {found.path.name}", style="yellow", markup=False, soft_wrap=True)
+        warn(console, f"{why}; going back to {found.path.name}")
         checkpoints.set_aside(path)
     return found
 
@@ -210,7 +211,7 @@ def _with_weights_named(
             raise ConfigError(f"config.init_from={init_from}: {error}") from None
         else:
             for why in damaged:
-                _tell(console, f"{why}; going back to {folder.name}")
+                warn(console, f"{why}; going back to {folder.name}")
             state = _with_weights_of(folder, snapshot, pipe, settings, source, fresh)
             return state, f"beginning with the weights of {folder}; left: {_left(snapshot)}"
     raise ConfigError(f"config.init_from={init_from}: {damaged[0]}")
@@ -252,7 +253,3 @@ def _init(pipe: Pipeline, settings: Settings, source: Source, *begin_with: Any) 
 def _left(snapshot: Snapshot) -> str:
     """What of a snapshot is neither parameters nor module state, in words."""
     return ", ".join(filter(None, ["the optimizer's state", snapshot.in_flight]))
-
-
-def _tell(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -10,8 +10,8 @@ The published experiments draw at random whose turn it is. Here the pattern is f
 the tick's number, which no array enters (no jax here, as in `schedule`). An engine needs, beside the visits of
 `schedule.local`, three things: it starts from `Reuse.start(...)`, reads the visits of a tick off `step`, and keeps a
 message, by its sender's tick, until `resident` no longer lists it. A visit is "F B U" of the batch named there and
-has one program; only which inputs and targets it is given differs. The state is K - 1 small tuples; a resumed run may
-also take `start` through the same number of steps.
+has one program; only which inputs and targets it is given differs. The state is K - 1 small tuples, and a checkpoint
+needs none of it: a run that goes on takes `start` through as many steps.
 """
 
 from collections.abc import Sequence
@@ -55,6 +55,49 @@ class Buffer:
 
 
 @dataclass(frozen=True)
+class Buffering:
+    """Of a method: what `Reuse.start` wants, whatever the number of stages is.
+
+    Attributes:
+        size: M, messages that a stage keeps.
+        max_uses: of a message; None for as many as it takes.
+        slowdown: of every stage; empty where all are equally fast.
+    """
+
+    size: int
+    max_uses: int | None = None
+    slowdown: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        self.start(len(self.slowdown) or 1)
+
+    def __str__(self) -> str:
+        facts = [f"buffer={self.size}"]
+        facts += [f"max_uses={self.max_uses}"] if self.max_uses else []
+        facts += [f"slowdown={','.join(map(str, self.slowdown))}"] if self.slowdown else []
+        return ", ".join(facts)
+
+    @property
+    def period(self) -> int:
+        """Ticks from one fresh batch to the next."""
+        return self.slowdown[0] if self.slowdown else 1
+
+    def start(self, num_stages: int) -> "Reuse":
+        """Empty buffers for K stages.
+
+        Raises:
+            ValueError: a number is less than 1, or `slowdown` is of other stages.
+        """
+        slowdown = self.slowdown or (1,) * num_stages
+        if len(slowdown) != num_stages:
+            raise ValueError(
+                f"slowdown must hold a number of ticks for each of the {num_stages} stages, or none at all; "
+                f"got {slowdown}"
+            )
+        return Reuse.start(slowdown, self.size, self.max_uses)
+
+
+@dataclass(frozen=True)
 class Reuse:
     """What lies between the stages before tick `tick`.
 
@@ -83,13 +126,19 @@ class Reuse:
             raise ValueError(f"slowdown must hold a number of ticks, at least 1, for every stage; got {slowdown}")
         return cls(tuple(slowdown), (Buffer(size, max_uses),) * (len(slowdown) - 1))
 
-    def step(self) -> tuple["Reuse", tuple[Entry | None, ...]]:
-        """The state after the next tick, and what every stage trains on in it; None is a stage that does nothing."""
+    def step(self, feeds: bool = True) -> tuple["Reuse", tuple[Entry | None, ...]]:
+        """The state after the next tick, and what every stage trains on in it; None is a stage that does nothing.
+
+        Args:
+            feeds: whether there are fresh batches. Without them the stages train only on what they have not used yet.
+        """
         arrived = [
             buffer.put(entry) if entry else buffer
             for buffer, entry in zip(self.buffers, self.sent or (None,) * len(self.buffers), strict=True)
         ]
-        works = [(self.tick - k) % every == 0 for k, every in enumerate(self.slowdown)]
+        if not feeds:
+            arrived = [replace(buffer, max_uses=1) for buffer in arrived]
+        works = [(self.tick - k) % every == 0 and (k > 0 or feeds) for k, every in enumerate(self.slowdown)]
         uses: list[Entry | None] = [Entry(self.tick, self.fed, 1) if works[0] else None]
         buffers = []
         for buffer, at_work in zip(arrived, works[1:], strict=True):
@@ -99,6 +148,11 @@ class Reuse:
         sent = tuple(Entry(self.tick, use.batch) if use else None for use in uses[:-1])
         fed = self.fed + works[0]
         return replace(self, buffers=tuple(buffers), tick=self.tick + 1, fed=fed, sent=sent), tuple(uses)
+
+    @property
+    def unused(self) -> bool:
+        """Whether a stage holds, or is sent, what it has not trained on."""
+        return any(self.sent) or any(entry.uses == 0 for buffer in self.buffers for entry in buffer.entries)
 
     @property
     def resident(self) -> tuple[frozenset[int], ...]:

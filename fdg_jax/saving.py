@@ -8,6 +8,7 @@ from rich.console import Console
 
 from fdg_jax.checkpoint import Checkpoints, Outcome
 from fdg_jax.config import CheckpointSettings
+from fdg_jax.console import SILENT, JsonLines, warn
 from fdg_jax.snapshot import Snapshot
 
 
@@ -24,6 +25,7 @@ class Saving:
         step: at which it begins, and which is saved already.
         unfit: of snapshots that must not take the place of a good one.
         console: where to tell of what cannot be written.
+        lines: for machines, one a checkpoint.
     """
 
     def __init__(
@@ -33,8 +35,10 @@ class Saving:
         step: int,
         unfit: Callable[[Snapshot], bool],
         console: Console,
+        lines: JsonLines = SILENT,
     ):
-        self._settings, self._checkpoints, self._unfit, self._console = settings, checkpoints, unfit, console
+        self._settings, self._checkpoints, self._unfit = settings, checkpoints, unfit
+        self._console, self._lines = console, lines
         self.step = step  # the last one saved, or being saved
         self._at = time.monotonic()
         self._failures = 0
@@ -78,9 +82,11 @@ class Saving:
         return f"the newest complete checkpoint is {paths[-1]}" if paths else "there is no complete checkpoint"
 
     def _judge(self, outcome: Outcome, is_last: bool = False) -> None:
+        what = {"step": outcome.step, "folder": str(outcome.folder), "error": outcome.error}
+        self._lines.write("checkpoint", what)
         if outcome.error is None:
             if self._failures:
-                self._tell(f"checkpoints are written again: {outcome.folder}")
+                warn(self._console, f"checkpoints are written again: {outcome.folder}")
             self._failures = 0
             return
         self._failures += 1
@@ -88,7 +94,4 @@ class Saving:
         if self._settings.required and (is_last or self._failures > 1):
             raise RunFailed(line)
         if self._failures == 1:
-            self._tell(line if is_last else f"{line}; training goes on")
-
-    def _tell(self, line: str) -> None:
-        self._console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+            warn(self._console, line if is_last else f"{line}; training goes on")

@@ -17,7 +17,7 @@ batch, t a tick, g a group, m = 0..M-1 the place in it. D_k and tau_k are the ti
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -285,6 +285,17 @@ def tick_of(schedule: Schedule, k: int, op: Op) -> int:
     return number * schedule.period + next(s.offset for s in schedule.stages[k] if (s.kind, s.micro) == wanted)
 
 
+def takes_older_weights(schedule: Schedule, k: int, batch: int) -> bool:
+    """Whether, with two buffers of weights, stage k forwards the batch on the older: the newer are one update ahead."""
+    first = batch // schedule.group * schedule.group
+    if not schedule.double_buffered or first == 0:
+        return schedule.double_buffered
+    forward, update = Op(FORWARD, batch), Op(UPDATE, first - 1)
+    ticks = [tick_of(schedule, k, op) for op in (update, forward)]
+    visit = row(schedule, ticks[0])[k]
+    return ticks[0] < ticks[1] or (ticks[0] == ticks[1] and visit.index(update) < visit.index(forward))
+
+
 def validate(schedule: Schedule) -> None:
     """Checks that every operation finds its input, and that every batch is answered exactly once by every stage.
 
@@ -335,9 +346,13 @@ def _inputs(schedule: Schedule, k: int, op: Op) -> list[tuple[int, Op]]:
 
 def show(schedule: Schedule, ticks: int, num_batches: int | None = None) -> str:
     """The schedule's picture: rows are ticks, columns stages, a cell the operations of one visit in order."""
-    rows = itertools.islice(unroll(schedule, num_batches), ticks)
+    return picture(itertools.islice(unroll(schedule, num_batches), ticks), schedule.num_stages)
+
+
+def picture(rows: Iterable[Row], num_stages: int) -> str:
+    """The same of rows, from tick 0 on."""
     cells = [[" ".join(map(str, visit)) for visit in stages] for stages in rows]
-    heads = [f"stage {k}" for k in range(schedule.num_stages)]
+    heads = [f"stage {k}" for k in range(num_stages)]
     width = max(len(text) for texts in [heads, *cells] for text in texts) + 5
     lines = ["tick  " + "".join(head.ljust(width) for head in heads)]
     lines += [f"{t:2d}".ljust(6) + "".join(cell.ljust(width) for cell in line) for t, line in enumerate(cells)]

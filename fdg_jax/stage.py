@@ -105,8 +105,8 @@ def _from_nnx(module: nnx.Module) -> Layer:
     graph_eval = split(evaluating)[0]
 
     def init(key, inputs):
-        del key, inputs  # the module brings its parameters
-        return jax.tree.map(partial(jnp.array, copy=True), (params, state))
+        del key, inputs  # the module brings its parameters, or their shapes where nothing is to be run
+        return jax.tree.map(_fresh, (params, state))
 
     def apply(params, state, inputs, key, train):
         graph = graph_train if train else graph_eval
@@ -116,6 +116,12 @@ def _from_nnx(module: nnx.Module) -> Layer:
 
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     return Layer(type(module).__name__, init, apply, (graph_train, graph_eval), num_params)
+
+
+def _fresh(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    """A copy; zeros of a shape."""
+    is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+    return jnp.zeros(leaf.shape, leaf.dtype) if is_shape else jnp.array(leaf, copy=True)
 
 
 def _seed(rng: PyTree, key: jax.Array) -> PyTree:

@@ -80,6 +80,19 @@ class Box(NamedTuple):
     end: float
 
 
+class Message(NamedTuple):
+    """A transfer between the devices of two stages: seconds at which it begins and arrives, and what reads it.
+
+    The sender is None where a batch comes from the host, which is not planned.
+    """
+
+    sender: int | None
+    reader: int
+    op: Op
+    sent: float
+    arrived: float
+
+
 @dataclass(frozen=True)
 class Steady:
     """What a schedule comes to once the pipeline is full.
@@ -112,6 +125,7 @@ def plan(
     devices: Sequence[int] | None = None,
     run_ahead: int = RUN_AHEAD,
     barrier: bool = False,
+    messages: list[Message] | None = None,
 ) -> Iterator[Box]:
     """The visits for `num_batches` batches (for ever when None), filling and draining included, in schedule order.
 
@@ -123,6 +137,7 @@ def plan(
         devices: 0, 1, ... of every stage; one each by default.
         run_ahead: how many losses the host may be ahead of the last stage.
         barrier: no visit starts before those of the tick before have ended.
+        messages: to which those between devices are added as they are sent.
 
     Raises:
         ValueError: costs or devices are not one a stage, devices are not numbered from 0, or run_ahead is below 1.
@@ -130,7 +145,7 @@ def plan(
     devices = _check_devices(schedule, costs, devices)
     if run_ahead < 1:
         raise ValueError(f"the host must be let ahead by at least one loss; got run_ahead={run_ahead}")
-    planner = _Planner(schedule, costs, link, devices, run_ahead)
+    planner = _Planner(schedule, costs, link, devices, run_ahead, [] if messages is None else messages)
     return planner.boxes(unroll(schedule, num_batches), barrier)
 
 
@@ -154,7 +169,9 @@ class _Planner:
         link: Link,
         devices: Sequence[int],
         run_ahead: int,
+        messages: list[Message],
     ):
+        self.messages = messages
         self.schedule, self.costs, self.link, self.devices = schedule, costs, link, devices
         self.run_ahead, self.last = run_ahead, schedule.num_stages - 1
         self.device_free: dict[int, float] = defaultdict(float)
@@ -197,8 +214,10 @@ class _Planner:
         if link[0] == link[1]:
             self.arrivals[reader, op] = sent
         else:
-            self.link_free[link] = max(sent, self.link_free[link]) + size / self.link.bandwidth
-            self.arrivals[reader, op] = self.link_free[link] + self.link.latency
+            begins = max(sent, self.link_free[link])
+            self.link_free[link] = begins + size / self.link.bandwidth
+            self.arrivals[reader, op] = arrived = self.link_free[link] + self.link.latency
+            self.messages.append(Message(k, reader, op, begins, arrived))
 
     def await_loss(self, end: float) -> None:
         self.losses.append(end)

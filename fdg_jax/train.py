@@ -15,19 +15,25 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from fdg_jax.announce import announce
 from fdg_jax.build import described
 from fdg_jax.checkpoint import Checkpoints, Weights, save_weights
 from fdg_jax.config import ConfigError, Settings
-from fdg_jax.console import RunDisplay
+from fdg_jax.console import SILENT, JsonLines, RunDisplay, say, warn
 from fdg_jax.data import Source
 from fdg_jax.engine.base import State
 from fdg_jax.feeding import Feeding
 from fdg_jax.lock import Locked, locked
 from fdg_jax.metrics import MetricWriter, masked_sums, read_lines
 from fdg_jax.pipeline import Pipeline
+from fdg_jax.plots import save as save_picture
+from fdg_jax.probe import Probe
+from fdg_jax.provenance import note_start
 from fdg_jax.resume import Progress, begin, find
 from fdg_jax.saving import RunFailed, Saving
 from fdg_jax.sealed import free_name, replace_text
+from fdg_jax.staleness import draw, probed, tagged
+from fdg_jax.tracing import Tracing, check_window
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Result:
     pipe: Pipeline
 
 
-def train_and_evaluate(settings: Settings, workdir: Path, console: Console) -> Result:
+def train_and_evaluate(settings: Settings, workdir: Path, console: Console, lines: JsonLines = SILENT) -> Result:
     """Trains as the settings say and leaves in `workdir` the settings, the metrics, checkpoints and the final weights.
 
     A workdir in which a run of these settings was stopped is where it goes on, to the same bits as if it never was.
@@ -58,6 +64,7 @@ def train_and_evaluate(settings: Settings, workdir: Path, console: Console) -> R
         settings: from `config.resolve`.
         workdir: made here.
         console: for what is printed.
+        lines: for machines, see docs/logs.md.
 
     Raises:
         ConfigError: the settings fit neither one another nor the run in the workdir, or another process runs there.
@@ -77,15 +84,18 @@ def train_and_evaluate(settings: Settings, workdir: Path, console: Console) -> R
                 raise ConfigError(f"another run has begun in {workdir} meanwhile: try again")
         if done := _done(settings, pipe, source, workdir, progress, found.differences if found else ()):
             return done
+        check_window(settings, settings.epochs * source.steps_per_epoch(settings.batch_size))
         if line:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            say(console, line)
         writer = stack.enter_context(
-            closing(_writer(workdir, settings, progress.step, progress.last_log if found else None))
+            closing(_writer(workdir, settings, pipe, progress.step, _last_written(progress) if found else None))
         )
-        _announce(settings, pipe, source, workdir, console)
+        balance = announce(settings, pipe, source, workdir, console, lines, progress.step)
+        num_steps = settings.epochs * source.steps_per_epoch(settings.batch_size)
+        display = RunDisplay(num_steps, settings.epochs, console, progress.step, lines, balance)
         received = stack.enter_context(_signals(console))
         try:
-            return _Run(settings, pipe, source, workdir, writer, checkpoints, progress, console).train(state, received)
+            return _Run(settings, pipe, source, workdir, writer, checkpoints, progress, display).train(state, received)
         except RunFailed:
             checkpoints.wait()  # nothing may be written once the folder is let go
             raise
@@ -103,7 +113,7 @@ def _owned(workdir: Path, console: Console) -> Iterator[None]:
         except Locked as error:
             raise ConfigError(str(error)) from error
         if stale:
-            console.print(f"{workdir} was locked by {stale}, which is gone", highlight=False, soft_wrap=True)
+            warn(console, f"{workdir} was locked by {stale}, which is gone")
         yield
 
 
@@ -134,35 +144,20 @@ def _done(
     return Result(metrics, progress.seconds, None, summary, pipe)
 
 
-def _writer(workdir: Path, settings: Settings, step: int, last_log: int | None) -> MetricWriter:
+def _last_written(progress: Progress) -> int:
+    """The step up to which the numbers of a run that goes on stand: the others it measures again."""
+    return max(progress.last_log, progress.step if progress.logged else progress.step - 1)
+
+
+def _writer(workdir: Path, settings: Settings, pipe: Pipeline, step: int, last_step: int | None) -> MetricWriter:
     try:
-        if last_log is not None and (workdir / "params").exists():  # of a run that this one carries on
+        if last_step is not None and (workdir / "params").exists():  # of a run that this one carries on
             (workdir / "params").rename(free_name(workdir / f"params_of_step_{step}"))
         replace_text(workdir / "config.json", json.dumps(asdict(settings), indent=2) + "\n")
-        return MetricWriter(workdir, last_log)
+        note_start(workdir, pipe.devices)
+        return MetricWriter(workdir, last_step)
     except OSError as error:
         raise ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}; choose another") from error
-
-
-def _announce(settings: Settings, pipe: Pipeline, source: Source, workdir: Path, console: Console) -> None:
-    steps = source.steps_per_epoch(settings.batch_size)
-    dropped = source.num_train - steps * settings.batch_size
-    shape = "x".join(map(str, source.image_shape))
-    lines = [
-        f"{source.name}: {source.num_train:,} training and {source.num_test:,} test images of {shape}, "
-        f"{source.num_classes} classes",
-        f"{settings.epochs} epoch{'s' if settings.epochs > 1 else ''} of {steps} batches of {settings.batch_size}"
-        + (f"; {dropped} images left over are dropped, others in every epoch" if dropped else ""),
-        f"{settings.model.name} of depth {settings.model.depth} and width {settings.model.width}, {settings.dtype}; "
-        f"{settings.optim.name}, learning rate {settings.optim.learning_rate:g} ({settings.optim.schedule})",
-        "",
-        pipe.show(),
-        "",
-        f"writing to {workdir}",
-    ]
-    if pipe.method.beta == 0:
-        lines.append("beta 0: only the last stage learns from the loss; the others move by weight decay alone")
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -175,7 +170,7 @@ def _signals(console: Console) -> Iterator[list[int]]:
         for each, handler in previous.items():
             signal.signal(each, handler)
         with suppress(RuntimeError):  # where the signal fell into a print that waits for its reader
-            console.print("stopping after this batch to save it; press Ctrl-C again to stop at once", style="yellow")
+            warn(console, "stopping after this batch to save it; press Ctrl-C again to stop at once")
 
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -200,34 +195,43 @@ class _Run:
         writer: MetricWriter,
         checkpoints: Checkpoints,
         progress: Progress,
-        console: Console,
+        display: RunDisplay,
     ):
         self.settings, self.pipe, self.source, self.workdir = settings, pipe, source, workdir
-        self.writer, self.checkpoints, self.progress, self.console = writer, checkpoints, progress, console
+        self.writer, self.checkpoints, self.progress, self.display = writer, checkpoints, progress, display
         self.per_epoch = source.steps_per_epoch(settings.batch_size)
         self.num_steps = settings.epochs * self.per_epoch
-        self.display = RunDisplay(self.num_steps, settings.epochs, console, progress.step)
         self.data = described(source, settings)
+        self.probe = Probe(pipe) if settings.probe_every_steps else None
         now = time.perf_counter()
         self.started, self.last_log_at = now - progress.seconds, now - progress.seconds_since_log
+        self.tracing = Tracing(settings, pipe, source, workdir, display.console, progress.step)
         stops = settings.on_nan == "stop"
         self.saving = Saving(
-            settings.checkpoint, checkpoints, progress.step, lambda snapshot: stops and snapshot.faults > 0, console
+            settings.checkpoint,
+            checkpoints,
+            progress.step,
+            lambda snapshot: stops and snapshot.faults > 0,
+            display.console,
+            display.lines,
         )
 
     def train(self, state: State, received: list[int]) -> Result:
         """Feeds all batches and answers them; or stops, with everything in flight, when a signal arrives."""
         settings, first = self.settings, self.progress.step
-        with self.display, Feeding(self.pipe, self.source, settings.seed, settings.batch_size, first) as feeding:
+        feeding = Feeding(self.pipe, self.source, settings.seed, settings.batch_size, first)
+        with self.display, feeding, self.tracing:
             if not self.progress.logged and first < self.num_steps:
                 state = self.end_step(state, received)
             while self.progress.step < self.num_steps and not received:
+                self.last_log_at += self.tracing.watch(state, self.progress.step)
                 with _readable():
                     state, num = feeding.advance(state, self.steps_until_due())
                 self.progress = replace(self.progress, step=self.progress.step + num, logged=False)
                 self.display.advance(num)
                 if self.progress.step < self.num_steps and not received:
                     state = self.end_step(state, received)
+            self.last_log_at += self.tracing.watch(state, self.progress.step, is_last=True)
             if not received:
                 state = self.finish(state, received)
         return self.stopped(state, received[0]) if received else self.finished(state)
@@ -236,9 +240,10 @@ class _Run:
         """How many steps may follow one another before `end_step` has something to do; at least one."""
         step, every = self.progress.step, self.settings.checkpoint.every_steps
         marks = [self.num_steps]
-        marks += [step + n - step % n for n in (self.per_epoch, self.settings.log_every_steps)]
+        cadences = self.per_epoch, self.settings.log_every_steps, self.settings.probe_every_steps
+        marks += [step + n - step % n for n in cadences if n]
         marks += [max(step + 1, self.saving.step + every)] if every else []
-        return min(marks) - step
+        return min([*marks, *(mark for mark in self.tracing.marks() if mark > step)]) - step
 
     def end_step(self, state: State, received: list[int]) -> State:
         """Logs, evaluates and saves what is due after a step. Cut short by a signal, it leaves the log to be done."""
@@ -252,6 +257,8 @@ class _Run:
             if received:
                 return state
             is_best = self.progress.best_error != before
+        if self.probe and step % self.settings.probe_every_steps == 0:
+            self.measure(state, self.probe)
         self.progress = replace(self.progress, logged=True)
         if self.saving.due(step) or (is_best and self.settings.checkpoint.keep_best):
             self.save(state, error=_test_error(self.progress.metrics) if epoch_ends else None)
@@ -314,12 +321,34 @@ class _Run:
             "config.optim.learning_rate, some warm-up, or config.on_nan=skip"
         )
 
-    def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
+    def measure(self, state: State, probe: Probe) -> None:
+        """Probes the batch that comes next; its time is not counted as the training's."""
+        jax.block_until_ready(state)
+        began, step, settings = time.perf_counter(), self.progress.step, self.settings
         try:
-            self.writer.write(step, epoch, time.perf_counter() - self.started, values)
+            with _readable():
+                values = tagged(probe.measure(state, self.source.batch(settings.seed, step, settings.batch_size)))
+        except jax.errors.JaxRuntimeError as error:  # a device without room for a second state, above all
+            reason = str(error).splitlines()[0]
+            warn(self.display.console, f"no more probes: the one after step {step} failed: {reason}")
+            self.probe = None
+            return
+        time_s = self.record(step, step / self.per_epoch, values)
+        self.display.lines.write("probe", {"step": step, "time_s": round(time_s, 3), **values})
+        self.last_log_at += time.perf_counter() - began
+
+    def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        time_s = self.record(step, epoch, values)
+        self.display.report(step, epoch, time_s, values)
+
+    def record(self, step: int, epoch: float, values: dict[str, float]) -> float:
+        """Writes a line of metrics; the seconds at which it stands."""
+        time_s = time.perf_counter() - self.started
+        try:
+            self.writer.write(step, epoch, time_s, values)
         except OSError as error:
             raise RunFailed(f"the metrics cannot be written: {error.strerror}; {self.kept()}") from error
-        self.display.report(step, epoch, values)
+        return time_s
 
     def save(self, state: State, error: float | None = None, in_background: bool = True) -> None:
         """Begins to write a checkpoint; `error` is that of an evaluation of these very weights."""
@@ -346,6 +375,7 @@ class _Run:
             save_weights(folder, weights)
         except (OSError, ValueError) as error:
             raise RunFailed(f"the weights cannot be written to {folder}: {error}; {self.saving.newest}") from error
+        _draw_probes(self.workdir, self.display.console)
         left = "weights and metrics are in {}"
         if not (self.workdir / "metrics.jsonl").exists():
             left = "the weights are in {}, whose metrics are gone"
@@ -368,6 +398,15 @@ class _Run:
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.started
+
+
+def _draw_probes(workdir: Path, console: Console) -> None:
+    """Leaves a picture of the probes, where there were any."""
+    try:
+        if found := probed(read_lines(workdir / "metrics.jsonl")):
+            save_picture(draw(found), workdir / "staleness.png")
+    except OSError as error:
+        warn(console, f"the picture of the probes cannot be written to {workdir}: {error.strerror}")
 
 
 def _test_error(metrics: dict[str, float]) -> float | None:

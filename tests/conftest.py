@@ -15,7 +15,7 @@ with mock.patch.dict(os.environ, XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} -
     jax.devices()
 
 # Files that take half a minute or more: begun first, so that no worker is left alone with one at the end.
-LONG = ("survival", "readme", "snapshot", "experiments", "pipeline", "main", "models", "stage", "data")
+LONG = ("survival", "notebooks", "readme", "snapshot", "experiments", "pipeline", "main", "models", "stage", "data")
 
 
 def pytest_collection_modifyitems(items):

@@ -5,6 +5,8 @@ stage is a plain function of its parameters, a dict of dicts named as the librar
 are not followed, for nothing reads them.
 """
 
+from collections import deque
+from itertools import count
 from math import ceil, floor
 
 import jax
@@ -43,17 +45,58 @@ def dgl(modules, heads, batches, loss=cross_entropy):
         for k, module in enumerate(modules):
             if arrived[k] is None:
                 continue
-            x, labels = arrived[k]
-            h = module.forward(x)
-            if k == last:
-                losses[k], dh = jax.value_and_grad(loss)(h, labels)
-            else:
-                objective = lambda phi, h, head=heads[k], y=labels: loss(head.function(phi, h), y)  # noqa: E731
-                losses[k], (dphi, dh) = jax.value_and_grad(objective, (0, 1))(heads[k].params, h)
-                heads[k].update(dphi)
-                sent[k + 1] = (h, labels)
-            module.answer(dh, judged=losses[k])
+            losses[k], message = greedy_step(module, heads[k] if k < last else None, *arrived[k], loss)
+            if k < last:
+                sent[k + 1] = message
         arrived = sent
+        yield losses
+
+
+def greedy_step(module, head, x, labels, loss):
+    """A module's own step, without a head the last one's: the loss, and what it sends on."""
+    h = module.forward(x)
+    if head is None:
+        value, dh = jax.value_and_grad(loss)(h, labels)
+    else:
+        value, (dphi, dh) = jax.value_and_grad(lambda phi, h: loss(head.function(phi, h), labels), (0, 1))(
+            head.params, h
+        )
+        head.update(dphi)
+    module.answer(dh, judged=value)
+    return value, (h, labels)
+
+
+def asynchronous_dgl(modules, heads, batches, slowdown, size, max_uses=None, loss=cross_entropy):
+    """Decoupled greedy learning with buffers (Algorithm 2), whose modules have their turns in a fixed pattern.
+
+    After the last batch the others go on until every message that is left has been used. Yields the losses of every
+    tick, one a module, None where it does nothing; changes modules and heads.
+    """
+    last = len(modules) - 1
+    buffers = [[] for _ in modules]  # lists [uses, activation, labels], the newest at the end
+    posted, fresh = [], deque(batches)
+    for tick in count():
+        for reader, message in posted:
+            buffers[reader] = [*buffers[reader], [0, *message]][-size:]
+        posted, losses, ended = [], [None] * (last + 1), tick >= len(batches) * slowdown[0]
+        if ended and all(uses for buffer in buffers for uses, *_ in buffer):
+            return
+        for k, module in enumerate(modules):
+            if tick < k or (tick - k) % slowdown[k] or (k == 0 and ended):
+                continue
+            if k == 0:
+                x, labels = fresh.popleft()
+            else:
+                most = 1 if ended else max_uses or tick + 1
+                if not (usable := [entry for entry in buffers[k] if entry[0] < most]):
+                    continue
+                fewest = min(uses for uses, *_ in usable)
+                entry = [entry for entry in usable if entry[0] == fewest][-1]
+                entry[0] += 1
+                _, x, labels = entry
+            losses[k], message = greedy_step(module, heads[k] if k < last else None, x, labels, loss)
+            if k < last:
+                posted.append((k + 1, message))
         yield losses
 
 

@@ -18,14 +18,23 @@ from helpers import make_pipeline, tiny_batches
 from fdg_jax import Pipeline, State, layers, methods
 from fdg_jax.agreement import named_leaves
 from fdg_jax.checkpoint import Checkpoints, read_checkpoint
+from fdg_jax.corrections import SwitchToSynchronous, WeightPrediction
 
 HALF = 5  # batches: stage 0 of three has answered its first one, and all kinds of things are in flight
 BATCHES = tiny_batches(2 * HALF)
 POLICIES = ("stash", "current", "recompute")
 CASES = {
     **{f"bp-{k}": (methods.bp(), k) for k in (1, 3)},
-    **{f"{policy}-{k}": (methods.fdg(policy=policy), k) for policy in POLICIES for k in (2, 3)},
+    **{f"{policy}-3": (methods.fdg(policy=policy), 3) for policy in POLICIES},
     "forward_first-3": (methods.fdg(order="forward_first"), 3),
+    # What only some methods keep: half a group's gradients and a correction's state, older weights, heads, synthesisers
+    "switch-2": (
+        methods.adl(2, order="forward_first").with_corrections(WeightPrediction("held"), SwitchToSynchronous(7)),
+        2,
+    ),
+    "pipedream_2bw-2": (methods.pipedream_2bw(2), 2),
+    "dgl-2": (methods.dgl("linear"), 2),
+    "dni-2": (methods.dni("linear"), 2),
 }
 
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdg_jax import corrections, methods
+from fdg_jax.build import make_optimizer
 from fdg_jax.config import (
     CONFIG_KEYS,
     ConfigError,
@@ -16,7 +17,9 @@ from fdg_jax.config import (
     differences,
     make_method,
     resolve,
+    resolve_comparison,
 )
+from fdg_jax.names import check_name
 
 
 def changed(**overrides):
@@ -94,12 +97,13 @@ def test_a_whole_number_is_a_float_too():
         ({"method__name": "gpipe", "method__micro_batches": -1}, "micro_batches must be a whole number, at least 1"),
         ({"method__corrections": "spike"}, "unknown correction 'spike'; did you mean 'shrink'|spike_compensation"),
         ({"method__corrections": "nesterov(momentun=0.9)"}, "unknown argument of nesterov 'momentun'; .* 'momentum'"),
-        ({"method__corrections": "nesterov(build=open)"}, "build of nesterov cannot be 'open'"),
-        ({"method__corrections": "nesterov(momentum=True)"}, "momentum of nesterov cannot be True"),
+        ({"method__corrections": "nesterov(build=open)"}, r"build of Nesterov \(nesterov .* cannot be 'open'"),
+        ({"method__corrections": "nesterov(momentum=True)"}, "momentum of Nesterov .* cannot be True"),
         ({"method__corrections": "shrink"}, "shrink needs factors, as in shrink"),
-        ({"method__corrections": "shrink(factors=half)"}, "factors of shrink cannot be 'half'"),
+        ({"method__corrections": "shrink(factors=half)"}, "factors of Shrink .* cannot be 'half'"),
         ({"method__corrections": "shrink(0.5)"}, r"'shrink\(0.5\)' must be names with arguments between commas"),
-        ({"method__corrections": "a b"}, "'a b' must be names with arguments between commas, like a, b"),
+        ({"method__corrections": "shrink(fade=1, fade=2)"}, "arguments between commas, each once, like"),
+        ({"method__corrections": "a b"}, "'a b' must be names with arguments between commas"),
         ({"optim__name": "sdg"}, "unknown optimizer 'sdg'; did you mean 'sgd'"),
         ({"optim__schedule": "cos"}, "unknown learning rate schedule 'cos'; did you mean 'cosine'"),
         (
@@ -196,7 +200,7 @@ def test_what_is_set_reaches_the_method():
         ),
         (" weight_prediction( assume = held )", (corrections.WeightPrediction("held"),)),
         ("shrink(factors=0.5)", (corrections.Shrink(0.5),)),
-        ("shrink(factors=(0.25, 1))", (corrections.Shrink((0.25, 1)),)),
+        ("shrink(factors=(0.25, 1), fade=100)", (corrections.Shrink((0.25, 1), 100),)),
         ("learning_rate_damping(power=0.5, fade=None)", (corrections.LearningRateDamping(0.5),)),
         ("learning_rate_damping(fade=100)", (corrections.LearningRateDamping(1.0, 100),)),
         ("nesterov(low=0.9)", (corrections.Nesterov(low=0.9),)),
@@ -205,6 +209,30 @@ def test_what_is_set_reaches_the_method():
 )
 def test_corrections_as_they_are_typed(text, expected):
     assert make_method(resolve(changed(method__corrections=text)).method).corrections == expected
+
+
+def test_the_optimizer_whose_momentum_nesterov_sets_can_be_typed():
+    """Or one without momentum; the line that refuses others names both."""
+    kept = {"method__corrections": "nesterov(momentum=0.95)"}
+    for optim in ({"name": "nadamw"}, {"name": "adamw", "momentum": 0.0}, {"momentum": 0.0}):
+        settings = resolve(changed(**kept, **{f"optim__{key}": value for key, value in optim.items()}))
+        optimizer = make_optimizer(settings.optim, 1, 1)
+        corrections.check(make_method(settings.method).corrections, optimizer, "stash", 2)
+    with pytest.raises(ValueError, match=r"config.optim.momentum=0\), or optim.nadamw \(config.optim.name=nadamw\)"):
+        corrections.check([corrections.Nesterov()], make_optimizer(resolve(changed()).optim, 1, 1), "stash", 2)
+
+
+def test_a_comparison_has_a_method_s_name_in_one_place():
+    with pytest.raises(ConfigError, match=r"a name stands before its arguments; got fdg with {'name': 'bp'}"):
+        resolve_comparison({**changed(), "methods": "fdg(name=bp)", "seeds": (0,)})
+
+
+def test_an_unknown_method_is_told_all_there_are():
+    with pytest.raises(ConfigError) as caught:
+        resolve(changed(method__name="fgd"))
+    assert ", ".join(sorted(methods.PRESETS)) in str(caught.value)
+    with pytest.raises(ValueError, match=r"\(m0, m1, .*, m9\)"):
+        check_name("method", "m", {f"m{i}" for i in range(14)})
 
 
 def test_the_policy_that_is_kept_is_the_one_that_acts():

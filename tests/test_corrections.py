@@ -15,7 +15,7 @@ from helpers import assert_trees_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdg_jax import corrections, optim
+from fdg_jax import corrections, methods, optim
 from fdg_jax.corrections import (
     CORRECTIONS,
     Correction,
@@ -328,7 +328,9 @@ def test_shrinking_per_stage_and_by_schedule():
     assert factors([], 0) == [1, 1, 1]
     assert factors([Shrink(0.5)], 0) == [0.5, 0.5, 1]
     assert factors([Shrink((0.25, 0.5))], 0) == [0.25, 0.5, 1]
-    assert factors([Shrink(ramp)], jnp.int32(5)) == [0.75, 0.75, 1]
+    assert factors([Shrink(ramp)], jnp.int32(5)) == factors([Shrink(0.5, fade=10)], jnp.uint32(5)) == [0.75, 0.75, 1]
+    assert factors([Shrink((0.25, 0.5), fade=4)], 1) == [0.4375, 0.625, 1]
+    assert factors([Shrink(0.25, fade=4)], 9) == [1, 1, 1]
     assert factors([Shrink((0.5, ramp)), Shrink(0.5)], jnp.int32(20)) == [0.25, 0.5, 1]
     assert jax.jit(lambda n: corrections.cotangent_factor([Shrink(ramp)], 0, 3, n))(5) == 0.75
     assert isinstance(corrections.cotangent_factor([Shrink(ramp)], 2, 3, 0), float)
@@ -404,10 +406,15 @@ def test_nesterovs_momentum_per_stage():
     assert_trees_close(trace, -RATE * (1 - 0.93) * 0.93 * GRADIENT)
 
 
-def test_nesterov_builds_an_optimizer_of_its_momentum():
-    used = Nesterov(0.99, low=0.9, build=lambda gamma: optax.nadam(0.01, b1=gamma))
+@pytest.mark.parametrize(
+    ("build", "given"),
+    [(lambda gamma: optax.nadam(0.01, b1=gamma), optim.sgd(RATE)), (None, optim.nadamw(0.01))],
+    ids=["build", "nadamw"],
+)
+def test_nesterov_builds_an_optimizer_of_its_momentum(build, given):
+    used = Nesterov(0.99, low=0.9, build=build)
     for chosen in ([used, LearningRateDamping()], [LearningRateDamping(), used]):
-        optimizer, params, state = warmed_up(optim.sgd(RATE), chosen, tau=2)
+        optimizer, params, state = warmed_up(given, chosen, tau=2)
         expected, _, wanted = warmed_up(optax.nadam(0.01, b1=0.96))
         updates, _ = optimizer.update(GRADIENT, state, params)
         full, _ = expected.update(GRADIENT, wanted, params)
@@ -424,16 +431,32 @@ def test_nesterov_builds_an_optimizer_of_its_momentum():
         (optax.adamw(1e-3, weight_decay=0.1), True),
         (optax.lion(1e-3), True),
         (optax.rmsprop(1e-2, initial_scale=0.0), True),
+        (optax.adam(optax.linear_schedule(0.0, 1e-3, 100)), True),
+        (optax.adam(optax.cosine_decay_schedule(1e-3, 4)), True),
+        (optim.sgd(optax.linear_schedule(0.0, 0.1, 100), 0.9), False),
         (optim.sgd(0.1, 0.9, 5e-4), False),
         (optax.chain(optax.clip_by_global_norm(1.0), optim.sgd(0.1)), False),
         (optax.sgd(0.0), False),
+        (optax.stateless(lambda g, _: jax.tree.map(lambda x: jnp.sign(x) * jnp.maximum(9, jnp.abs(x)), g)), False),
     ],
-    ids=["adam", "adamw", "lion", "rmsprop", "sgd", "clipped sgd", "stands still"],
+    ids=[
+        "adam",
+        "adamw",
+        "lion",
+        "rmsprop",
+        "warm-up",
+        "short cosine",
+        "sgd's warm-up",
+        "sgd",
+        "clipped sgd",
+        "stands still",
+        "sign of all but huge",
+    ],
 )
 def test_who_ignores_the_scale_of_gradients(optimizer, expected):
     assert corrections.scale_free(optimizer) == expected
     if expected:
-        with pytest.raises(ValueError, match="use LearningRateShrinking or LearningRateDamping"):
+        with pytest.raises(ValueError, match=r"use LearningRateShrinking \(learning_rate_shrinking in a config\)"):
             corrections.check([Shrink(0.5)], optimizer, "stash", 3)
     else:
         corrections.check_scale(optimizer)
@@ -451,13 +474,18 @@ def test_who_ignores_the_scale_of_gradients(optimizer, expected):
         ([WeightPrediction("last")], optim.sgd(0.1), "stash", "unknown assumption of WeightPrediction 'last'"),
         ([LinearPrediction("speed")], optim.sgd(0.1), "stash", "unknown form of LinearPrediction 'speed'"),
         ([LinearPrediction(horizon=-1.0)], optim.sgd(0.1), "stash", "horizon must not be negative"),
-        ([SpikeCompensation()], optax.adam(0.1), "stash", "keeps ScaleByAdamState; use optim.sgd with momentum"),
+        ([SpikeCompensation()], optax.adam(0.1), "stash", "keeps ScaleByAdamState; use optim.sgd .* or WeightP"),
         ([SpikeCompensation()], optim.sgd(0.1, 0.0), "stash", "keeps none; .* or WeightPrediction"),
         ([DelayCompensation()], optim.sgd(0.1), "current", "policy 'stash' keeps; got policy 'current'"),
         ([DelayCompensation(-1.0)], optim.sgd(0.1), "stash", "strength must not be negative"),
-        ([Nesterov()], optim.sgd(0.1), "stash", r"one of its own; use optim.sgd\(momentum=0\)"),
-        ([Nesterov()], optax.adam(0.1), "stash", r"optax.adam\(b1=0\)"),
+        ([Nesterov()], optim.sgd(0.1), "stash", r"one of its own; use one without \(config.optim.momentum=0\)"),
+        ([Nesterov()], optax.adam(0.1), "stash", r"or optim.nadamw \(config.optim.name=nadamw\)"),
         ([Nesterov(0.9, low=0.95)], optim.sgd(0.1, 0.0), "stash", "0 <= low <= momentum < 1"),
+        ([Shrink(0.5, fade=0)], optim.sgd(0.1), "stash", "fade must be at least 1 update, and factors numbers"),
+        ([Shrink(abs, fade=3)], optim.sgd(0.1), "stash", r"got Shrink\(factors=abs, fade=3\)"),
+        ([Shrink(0.5), Nesterov(build=optax.nadamw)], optim.sgd(0.1), "stash", "ScaleByAdamState.* ignores"),
+        ([Shrink(0.5), Nesterov()], optim.nadamw(0.1), "stash", "ignores their scale"),
+        ([SpikeCompensation(), Nesterov(build=optax.nadamw)], optim.sgd(0.1), "stash", "keeps ScaleByAdamState"),
         ([SwitchToSynchronous(-1)], optim.sgd(0.1), "stash", "after must not be negative"),
         ([WeightPrediction(), LinearPrediction()], optim.sgd(0.1), "stash", "keep one of WeightPrediction and Linear"),
         ([DelayCompensation(), DelayCompensation()], optim.sgd(0.1), "stash", "once; got DelayCompensation"),
@@ -475,11 +503,37 @@ def test_what_is_refused_in_one_line(used, optimizer, policy, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: DelayCompensation("a"), r"strength of DelayCompensation \(delay_com.* cannot be 'a'"),
+        (lambda: Shrink((0.5, "b")), r"factors of Shrink .* cannot be \(0.5, 'b'\)"),
+        (lambda: SwitchToSynchronous(1.5), "after of SwitchToSynchronous .* cannot be 1.5"),
+        (lambda: corrections.check([Nesterov(build=abs)], optim.sgd(0.1), "stash", 3), "build must return"),
+        (lambda: methods.dni(learning_rate="x"), "must be a number and not negative; got 'x'"),
+        (lambda: methods.fdg().with_corrections("shrink"), r"must be objects, as .*; got \('shrink',\)"),
+        (lambda: methods.fdg().with_corrections(SpikeCompensation), "must be objects"),
+        (lambda: methods.pipelined_bp(corrections=SpikeCompensation()), r"must be objects, .*; got Spike"),
+    ],
+)
+def test_what_is_no_correction_gets_one_line(make, words):
+    with pytest.raises((TypeError, ValueError), match=words) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_for_checkpoints_is_the_same_in_every_process():
+    assert str(Shrink((0.5, np.sin, abs))) == "Shrink(factors=(0.5, sin, abs), fade=None)"
+    assert " at 0x" not in str(Nesterov(build=lambda gamma: optax.sgd(gamma)))
+
+
 def test_what_is_allowed():
     corrections.check([c for c in ALL if not c.predicts][:3], optim.sgd(0.1), "stash", 3)
     corrections.check([SpikeCompensation(), LinearPrediction()], optax.sgd(0.1, 0.9), "current", 3)
     corrections.check([Nesterov(low=0.9)], optax.adam(0.1, b1=0.0), "recompute", 3)
     corrections.check([Nesterov(build=optax.adam)], optax.adam(0.1), "recompute", 3)
+    corrections.check([Nesterov(low=0.9)], optim.nadamw(0.1), "recompute", 3)
+    corrections.check([Shrink(0.5), Nesterov(build=lambda gamma: optim.sgd(0.1, gamma))], optax.adam(0.1), "stash", 3)
     for_one_network = optax.masked(optax.trace(0.9), {"some": True})  # cannot be tried; its user knows
     corrections.check([SpikeCompensation(), Shrink(0.5)], for_one_network, "stash", 3)
 

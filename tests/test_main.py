@@ -13,9 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from test_console import documented
 
 from fdg_jax import main as cli
 from fdg_jax.config import CheckpointSettings, Settings
+from fdg_jax.console import voices
 from fdg_jax.lock import locked
 
 ROOT = Path(__file__).parents[1]
@@ -56,10 +58,10 @@ def outcomes(tmp_path_factory):
             "--config.method.beta=0.2",
             f"--workdir={folder}/four",
         ),
-        "nan": (*DIGITS, *QUICK, "--config.optim.learning_rate=1e9", f"--workdir={folder}/nan"),
+        "nan": (*DIGITS, *QUICK, "--config.optim.learning_rate=1e9", f"--workdir={folder}/nan", "--quiet"),
         "typo": (*DIGITS, "--config.method.bta=0.2"),
         "huge": (*DIGITS, "--config.num_stages=100000"),
-        "one device": (*DIGITS, *QUICK, f"--workdir={folder}/one"),
+        "one device": (*DIGITS, *QUICK, f"--workdir={folder}/one", "--log_format=json"),
     }
     said = {"one device": {"JAX_NUM_CPU_DEVICES": "1"}}
     processes = {name: start(*arguments, **said.get(name, {})) for name, arguments in runs.items()}
@@ -86,9 +88,25 @@ def test_overrides_act_and_stages_get_devices_of_their_own(outcomes):
 
 
 def test_what_is_said_about_devices_counts(outcomes):
-    status, stdout, _ = outcomes[1]["one device"]
+    status, _, stderr = outcomes[1]["one device"]
     assert status == 0
-    assert "2 stages share 1 device(s)" in stdout
+    assert "2 stages share 1 device(s)" in stderr
+
+
+def test_with_json_every_line_of_stdout_is_an_object(outcomes):
+    folder, done = outcomes
+    told = [json.loads(line) for line in done["one device"][1].splitlines()]
+    assert [line["event"] for line in told if line["event"] != "checkpoint"] == ["start", "log", "evaluation", "end"]
+    assert told[0]["devices"] == ["cpu:0", "cpu:0"]
+    end, evaluation = told[-1], next(line for line in told if line["event"] == "evaluation")
+    assert set(end) - {"event"} <= documented()["end"]
+    assert (end["exit_status"], end["workdir"]) == (0, str(folder / "one"))
+    assert end["test/accuracy"] == evaluation["test/accuracy"]
+    assert f"test accuracy {100 * end['test/accuracy']:.2f} %" in done["one device"][2].splitlines()[-1]
+
+
+def test_a_quiet_run_that_fails_leaves_its_reason_alone(outcomes):
+    assert outcomes[1]["nan"][1] == ""
 
 
 @pytest.mark.parametrize(
@@ -136,6 +154,7 @@ WRONG_ARGUMENTS = [
     ((*DIGITS, "--config.batch_size=many"), "--config.batch_size=many"),
     ((*DIGITS, "--config.method.beta=2"), "beta must lie in (0, 1]"),
     ((*DIGITS, "--workdir="), "--workdir is empty; name a folder"),
+    ((*DIGITS, "--log_format=xml"), "flag --log_format=xml: value should be one of <text|json>"),
     (
         ("--config=experiments/nothing.py",),
         "there is no file --config=experiments/nothing.py; try experiments/digits.py",
@@ -170,9 +189,10 @@ def test_an_interrupt_outside_the_loop_is_no_traceback(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_given_config", interrupted)
+    monkeypatch.setattr(cli, "given_config", interrupted)
     flags = SimpleNamespace(FLAGS={"verbosity": SimpleNamespace(present=True)})
     monkeypatch.setattr(cli, "flags", flags)
+    monkeypatch.setattr(cli, "_voices", lambda: voices("text", quiet=False))
     monkeypatch.setattr(cli.os, "_exit", ended.append)
     cli.main(["fdg_jax"])
     assert ended == [130]

@@ -7,6 +7,7 @@ import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -124,6 +125,11 @@ def ramp(count):
     return jnp.where(count < 4, 0.25, 0.75)
 
 
+def step(count):
+    """Of updates, not of batches."""
+    return jnp.where(count < 2, 0.25, 0.75)
+
+
 FORWARD_FIRST = equations.fdg("forward_first")
 UPDATE_FIRST = equations.fdg("update_first")
 CASES = {
@@ -146,8 +152,8 @@ CASES = {
         num_stages=2,
     ),
     "adl-average": Case(
-        methods.adl(3, 0.5, "current", "forward_first", average=True),
-        Equations(equations.fdg("forward_first", 3), "current", group=3, shrink=lambda k, n: 0.5),
+        methods.adl(3, 0.5, "current", "forward_first", average=True).with_corrections(Shrink(step)),
+        Equations(equations.fdg("forward_first", 3), "current", group=3, shrink=lambda k, n: 0.5 * step(n)),
         in_groups(a_tick, 3),
     ),
     "pipelined_bp": Case(methods.pipelined_bp(), Equations(FORWARD_FIRST, "current"), a_tick),
@@ -176,8 +182,8 @@ CASES = {
     ),
     "dgl": Case(methods.dgl("linear"), None, greedy, tolerance=1e-5),
     "prediction-zero": Case(
-        methods.fdg(order="forward_first").with_corrections(WeightPrediction()),
-        Equations(FORWARD_FIRST, predict=equations.own_steps("zero")),
+        methods.fdg(order="forward_first").with_corrections(WeightPrediction(), DelayCompensation(0.5)),
+        Equations(FORWARD_FIRST, predict=equations.own_steps("zero"), strength=0.5),
         a_tick,
         num_stages=2,
     ),
@@ -298,15 +304,19 @@ def test_a_method_is_its_equations(name):
     compare(case, state, again, [-1] * (last + 1))
 
 
-LOOPED = ("adl-sum", "pipelined_bp-velocity", "pipedream-vertical", "pipedream_2bw", "dgl")
+LOOPED = (
+    *("gpipe", "one_f_one_b", "ddg", "features_replay", "adl-sum", "pipelined_bp-velocity", "pipedream"),
+    *("pipedream-vertical", "pipedream_2bw", "dgl", "prediction-zero", "refreshed"),
+)
 
 
 @pytest.mark.parametrize("name", LOOPED)
 def test_the_fused_engine_does_the_same(name):
-    """Filling, loops, and steps between them."""
-    case, states = CASES[name], []
+    """Filling, loops, and steps between them; those of fdg and bp are in `test_fused`, those of dni in `test_dni`."""
+    refreshed = Case(methods.pipedream("current", vertical_sync=True), None, taking_turns)
+    case, states = CASES.get(name, refreshed), []
     for engine in ("mpmd", "fused"):
-        pipe = pipeline(name, engine)
+        pipe = pipeline(name, engine) if name in CASES else make(refreshed.method, 2, engine)
         state = begin(pipe)
         for num in (1, ALL_BATCHES - 1):
             state, _ = pipe.run(state, feed(), num)
@@ -519,9 +529,11 @@ def test_a_compensated_gradient_that_overflows_is_dropped():
     ("method", "kwargs", "words"),
     [
         (methods.gpipe(3), {}, "a batch of 4 does not make 3 equal micro-batches; choose a divisor"),
-        (methods.fdg(0.5), {"optimizer": optax.adam(0.1)}, "use LearningRateShrinking or LearningRateDamping"),
+        (methods.fdg(0.5), {"optimizer": optax.adam(0.1)}, "use LearningRateShrinking .* or LearningRateDamping"),
         (methods.ddg().with_corrections(SpikeCompensation()), {"optimizer": optax.adam(0.1)}, "or WeightPrediction"),
-        (methods.ddg("current").with_corrections(DelayCompensation()), {}, "use 'stash', or WeightPrediction"),
+        (methods.ddg("current").with_corrections(DelayCompensation()), {}, "with 'stash', as ddg or fdg, or Wei"),
+        (methods.dgl().with_corrections(DelayCompensation()), {}, "ends a delay, and dgl has none; leave it out"),
+        (methods.dni().with_corrections(Shrink(0.5)), {}, r"Shrink \(shrink in a config\) corrects .* dni has none"),
         (methods.pipedream_2bw(2), {}, "at least num_stages=3 micro-batches; got 2"),
         (methods.pipedream_2bw(4).with_corrections(WeightPrediction()), {}, "use pipedream"),
         (methods.pipedream(vertical_sync=True).with_corrections(LinearPrediction()), {}, "use pipedream"),
@@ -534,6 +546,56 @@ def test_what_does_not_go_together_gets_one_line(method, kwargs, words):
     assert "\n" not in str(caught.value)
 
 
+def test_the_optimizer_that_makes_the_steps_is_judged():
+    """Which Nesterov puts in the place of the run's."""
+    adam, plain = Nesterov(build=lambda gamma: optax.nadamw(0.1, b1=gamma)), Nesterov(build=partial(optim.sgd, RATE))
+    with pytest.raises(ValueError, match="ignores their scale"):
+        make(methods.fdg(0.5).with_corrections(adam))
+    make(methods.fdg(0.5).with_corrections(plain), optimizer=optax.adam(0.1))
+
+
+def test_what_is_added_is_shown_apart():
+    """And the staleness is the method's, which vertical sync makes that of stage 0."""
+    pipe = make(methods.dgl("linear"))
+    assert pipe.show(1).count("  at init  ") == 3
+    begin(pipe)
+    shown = [line for line in pipe.show(1).splitlines() if " ticks" in line]
+    assert [f" {pipe.extra_params[k]} " in line for k, line in enumerate(shown)] == [True] * 3
+    assert pipe.extra_params == (18, 18, 0)
+    vertical = make(methods.pipedream(vertical_sync=True)).show(1)
+    assert "added" not in vertical
+    assert vertical.count("2 updates") == 3
+
+
+def test_heads_draw_from_keys_of_their_own(monkeypatch):
+    """Which are no layer's: stage 0's head and the first layer would begin alike."""
+    seen, drawn = [], jax.random.fold_in
+    monkeypatch.setattr(jax.random, "fold_in", lambda key, number: seen.append((key, number)) or drawn(key, number))
+    begin(make(methods.dgl("linear")))
+    keys = [drawn(key, number) for key, number in seen if not isinstance(number, jax.core.Tracer)]
+    assert len({tuple(np.ravel(jax.random.key_data(key))) for key in keys}) == len(keys) > 4
+
+
 def test_beta_is_allowed_where_it_does_nothing():
     make(methods.fdg(0.5), num_stages=1, optimizer=optax.adam(0.1))
     make(methods.fdg(0.0), optimizer=optax.adam(0.1))
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("method", [methods.pipedream_2bw(4), methods.pipedream(vertical_sync=True)], ids=str)
+def test_memos_refer_to_the_versions_that_forwards_used(method):
+    """Two of them with two buffers, at every tick; with vertical sync those of other batches in flight besides."""
+    pipe = make(method)
+    state = begin(pipe)
+    for batch in batches():
+        state, _ = pipe.step(state, batch)
+        for k, own in enumerate(state.stages):
+            kept = [list(map(id, jax.tree.leaves(params))) for params in (own.params, *own.previous)]
+            held = [set(map(id, memo.held)) for (stage, _), memo in state.memos.items() if stage == k]
+            versions = [[held & set(ids) for ids in kept] for held in held]
+            if method.name == "pipedream_2bw":
+                assert all(sum(map(bool, found)) == 1 for found in versions)
+            elif k and versions:
+                assert versions[-1][k]

@@ -1,6 +1,7 @@
 """The table of all methods against rows written by hand, and docs/methods.md against the code."""
 
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from flax import nnx
 from helpers import assert_trees_close
 
-from fdg_jax import methods, models, softmax_cross_entropy
+from fdg_jax import methods, methods_table, models, softmax_cross_entropy
 from fdg_jax.corrections import CORRECTIONS
 from fdg_jax.data import digits
 from fdg_jax.methods_table import LEGEND, catalogue, describe, table
@@ -81,6 +82,12 @@ def test_a_row_written_by_hand(label):
     assert used == pytest.approx(float(share))
 
 
+def test_vertical_sync_keeps_older_weights_for_forwards_whatever_answers():
+    """Of the batches that stage 0 met k updates ago; under stash those that memos refer to besides."""
+    for policy in ("current", "recompute"):
+        assert describe(methods.pipedream(policy, vertical_sync=True), 4).versions == (1, 2, 3, 4)
+
+
 @pytest.mark.parametrize("num_stages", [1, 2, 5, 8])
 def test_the_locks_are_those_of_the_method_whatever_the_number_of_stages(num_stages):
     for method in catalogue(num_stages):
@@ -102,6 +109,16 @@ def test_the_command_prints_the_table(tmp_path):
     wrong = subprocess.run([*command, "--num_stages=0"], capture_output=True, text=True, cwd=ROOT)
     assert wrong.returncode != 0
     assert wrong.stderr == "fdg_jax: a schedule needs at least one stage; got num_stages=0\n"
+
+
+def test_a_reader_that_has_enough_ends_it_quietly(monkeypatch):
+    """As `| head` does; nothing is left to write when Python ends."""
+    monkeypatch.setattr(sys, "argv", ["methods"])
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        methods_table.main()
 
 
 def test_the_docs_show_the_table_and_name_everything():

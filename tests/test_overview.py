@@ -25,20 +25,27 @@ def resnet(depth=14, width=4, **kwargs):
         (methods.fdg(0.5, "current"), "none"),
         (methods.fdg(0.5, "recompute"), "none"),
         (methods.bp(), "none"),
+        (methods.one_f_one_b(2), "none"),
+        (methods.ddg(), "none"),
+        (methods.features_replay(), "none"),
+        (methods.adl(2), "none"),
+        (methods.pipedream(), "none"),
+        (methods.pipedream(vertical_sync=True), "none"),
+        (methods.pipedream_2bw(4), "none"),
     ],
     ids=str,
 )
 def test_devices_hold_what_was_forecast(method, remat):
     """Between ticks and during visits, on every stage. 10 % were promised.
 
-    Only the key, counters and metrics are left out, which weigh in a network as small as this one. A batch of bp has
-    left all stages after a step; what they hold between the ticks of one shows in the visits alone.
+    Only the key, counters and metrics are left out, which weigh in a network as small as this one. Where a step is
+    several ticks, what a stage holds between two of them shows in the visits alone.
     """
     pipe = make_pipeline(resnet(), num_stages=3, method=method, remat=remat)
     _, stages = measure(pipe, tiny_batches(3, SHAPE, 4))
     for stage in stages:
         assert stage.peak_ratio == pytest.approx(1, abs=0.02)
-        assert stage.held_ratio == pytest.approx(1, abs=0.02) or method.name == "bp"
+        assert stage.held_ratio == pytest.approx(1, abs=0.02) or pipe.ticks_per_batch > 1
 
 
 def test_what_is_shown_is_the_forecast():

@@ -616,7 +616,7 @@ def test_prediction_on_other_shapes_is_refused():
 
 def test_the_log_says_when_blocks_stay_single(caplog):
     with caplog.at_level(logging.INFO, logger="fdg_jax"):
-        make_pipeline(tiny_mlp(5), num_stages=2, optimizer=optax.lars(0.1)).init(KEY, INPUTS)
+        make_pipeline(tiny_mlp(5), method=methods.bp(), num_stages=2, optimizer=optax.lars(0.1)).init(KEY, INPUTS)
     assert "equal layers stay unstacked" in caplog.text
 
 

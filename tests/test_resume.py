@@ -111,6 +111,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(step, straight, stop_
     assert f"going on after step {step}, with " in told
     assert result.stopped_by is None
     assert result.metrics == straight[1].metrics
+    assert len(json.loads((workdir / "run.json").read_text())) == 2  # starts
     assert_same_end(workdir, straight[0])
 
 

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fdg_jax import methods
 from fdg_jax import schedule as schedules
 from fdg_jax.schedule import Op, Schedule, Slot
 
@@ -56,22 +57,27 @@ def test_picture_of_draining():
 
 
 def test_picture_of_forward_first():
-    assert schedules.show(schedules.fdg(2, "forward_first"), 4).splitlines()[1:] == [
+    """Pipelined backpropagation's too."""
+    assert methods.pipelined_bp().schedule(3) == schedules.fdg(3, "forward_first")
+    assert schedules.show(schedules.fdg(3, "forward_first"), 6).splitlines()[1:] == [
         " 0    F0",
-        " 1    F1          F0 B0 U",
-        " 2    F2 B0 U     F1 B1 U",
-        " 3    F3 B1 U     F2 B2 U",
+        " 1    F1          F0",
+        " 2    F2          F1          F0 B0 U",
+        " 3    F3          F2 B0 U     F1 B1 U",
+        " 4    F4 B0 U     F3 B1 U     F2 B2 U",
+        " 5    F5 B1 U     F4 B2 U     F3 B3 U",
     ]
 
 
 def test_picture_of_bp():
-    assert schedules.show(schedules.bp(2), 6).splitlines()[1:] == [
+    assert schedules.show(schedules.bp(3), 7).splitlines()[1:] == [
         " 0    F0",
-        " 1                F0 B0 U",
-        " 2    B0 U",
-        " 3    F1",
-        " 4                F1 B1 U",
-        " 5    B1 U",
+        " 1                F0",
+        " 2                            F0 B0 U",
+        " 3                B0 U",
+        " 4    B0 U",
+        " 5    F1",
+        " 6                F1",
     ]
 
 
@@ -108,6 +114,8 @@ def test_picture_of_one_f_one_b():
 
 
 def test_picture_of_ddg():
+    """And of Features Replay, which differs in the weights that answer."""
+    assert methods.features_replay().schedule(3) == schedules.ddg(3)
     assert schedules.show(schedules.ddg(3), 9).splitlines()[1:] == [
         " 0    F0",
         " 1                F0",
@@ -270,6 +278,7 @@ def test_2bw_is_one_update_late_everywhere(num_stages, more):
     schedule = schedules.pipedream_2bw(num_stages, group)
     assert schedules.stalenesses(schedule) == ((1,) * group,) * num_stages
     assert schedules.depth(schedule) == tuple(num_stages - k for k in range(num_stages))
+    assert schedules.delay(schedule) == tuple(2 * n + (n > 0) for n in reversed(range(num_stages)))
     for k in range(num_stages):
         updates = 0
         for op in operations(schedule, k, 5 * group):

@@ -59,6 +59,18 @@ def tfds(
     )
 
 
+def tfds_shape(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[tuple[int, int, int], int]:
+    """(H, W, C) of the images that `tfds` would give, and the number of classes; downloads and prepares nothing.
+
+    Raises:
+        ValueError: no such set, or none of images with one label each.
+    """
+    features = _builder(name, os.path.expanduser(data_dir) if data_dir else None).info.features
+    _check_features(name, features)
+    height, width, channels = features["image"].shape
+    return (height or 224, width or 224, channels), features["label"].num_classes
+
+
 def _prepared(name: str, data_dir: str | None) -> Any:
     """TFDS's builder of a set that lies prepared, after preparing it where that can be done here."""
     import tensorflow_datasets

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fdg_jax import schedule as schedules
 from fdg_jax.backward import Memo
 from fdg_jax.data.source import Feed
 from fdg_jax.methods import Method
-from fdg_jax.schedule import Schedule
+from fdg_jax.schedule import Schedule, Visit
 from fdg_jax.stage import Layer, Stage
 
 PyTree = Any
@@ -83,6 +84,15 @@ class Plan:
         if self.schedule.double_buffered:
             return 1
         return k if self.method.vertical_sync else 0
+
+    def takes_older(self, k: int, batch: int) -> bool:
+        """Whether the forward of a batch, counted from the pipeline's filling, uses the oldest of the previous ones.
+
+        The host knows it as the program does, so that memos can refer to them: what a program chooses is a copy.
+        """
+        if self.schedule.double_buffered:
+            return schedules.takes_older_weights(self.schedule, k, batch)
+        return self.num_previous(k) > 0
 
 
 class Synthesis(NamedTuple):
@@ -154,6 +164,22 @@ class State:
     memos: dict[tuple[int, int], Memo]
 
 
+class Observer(Protocol):
+    """Is told of all that an engine dispatches, in that order, while the host waits for it to return.
+
+    It may wait for the arrays later, on threads of its own: nothing overwrites them.
+    """
+
+    def begin(self, tick: int) -> None:
+        """A tick, counted from the one in which the pipeline last began to fill."""
+
+    def deliver(self, messages: dict[tuple[str, int, int], PyTree]) -> None:
+        """Those that move to another device, or from the host; keys as in `State.inbox`."""
+
+    def visit(self, k: int, visit: Visit, ready: jax.Array) -> None:
+        """One of stage k; `ready` is there when all that it makes is."""
+
+
 class Engine(Protocol):
     """What an engine owes to `Pipeline`; it is made from a plan and the device of every stage."""
 
@@ -180,6 +206,13 @@ class Engine(Protocol):
 
     def predict(self, state: State, inputs: PyTree) -> PyTree:
         """Outputs in evaluation form on the weights of the moment."""
+
+    def observe(self, observer: Observer | None) -> None:
+        """Tells an observer of every visit from now on, or nobody.
+
+        Raises:
+            ValueError: this engine has no visits to see.
+        """
 
     def tick_of_answer(self, k: int, batch: int) -> int:
         """The tick in which stage k answers the batch, counted as in `FirstFault`."""

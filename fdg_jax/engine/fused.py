@@ -25,7 +25,7 @@ from jax import lax
 from fdg_jax import schedule as schedules
 from fdg_jax.backward import Memo
 from fdg_jax.data.source import Feed
-from fdg_jax.engine.base import COTANGENTS, INPUTS, TARGETS, Metrics, PyTree, StageState, State, join, split
+from fdg_jax.engine.base import COTANGENTS, INPUTS, TARGETS, Metrics, Observer, PyTree, StageState, State, join, split
 from fdg_jax.engine.mpmd import Mpmd
 from fdg_jax.engine.worker import MEMO, Arrival, pattern, updates_first
 from fdg_jax.schedule import FORWARD, UPDATE, Op, Visit
@@ -51,6 +51,10 @@ class Queue(NamedTuple):
 
 class Fused(Mpmd):
     """The engine for one device; all `devices` are the same."""
+
+    def observe(self, observer: Observer | None) -> None:
+        if observer:
+            raise ValueError("the engine fused runs all stages in one program, and has no visits to see; mpmd has them")
 
     def run(self, state: State, feed: Feed, num_batches: int) -> tuple[State, Metrics | None]:
         feed = self._nearby(feed)
@@ -247,10 +251,10 @@ class _Period:
         worker, before = self.workers[k], self.stages[k]
         own, departures = worker.visit(pattern(visit), before, arrivals)
         self.stages[k] = own
-        params = own.params if updates_first(visit) else before.params
+        forwarding = own if updates_first(visit) else before
         for batch, arrival, departure in zip(batches, arrivals, departures, strict=True):
             offset = batch - self.base
-            if memo := worker.memo(arrival, departure, params, before.state):
+            if memo := worker.memo(arrival, departure, forwarding, self.plan.takes_older(k, batch), before.state):
                 self.new[MEMO, k, offset] = memo
             if departure.outputs is not None and k < self.plan.last:
                 self.new[INPUTS, k + 1, offset] = departure.outputs

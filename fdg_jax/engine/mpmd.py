@@ -28,6 +28,7 @@ from fdg_jax.engine.base import (
     NO_FAULT,
     TARGETS,
     Metrics,
+    Observer,
     Plan,
     PyTree,
     StageState,
@@ -60,6 +61,7 @@ class Mpmd:
         self.unmoved = {*((INPUTS, k + 1) for k in together), *((COTANGENTS, k) for k in together)}
         self._evaluations = [jax.jit(partial(self._evaluate, k)) for k in range(len(self.devices))]
         self._running: deque[jax.Array] = deque()
+        self.observer: Observer | None = None
 
     def at(self, state: State) -> "Mpmd":
         return self
@@ -90,7 +92,7 @@ class Mpmd:
 
     def step(self, state: State, inputs: PyTree, targets: PyTree) -> tuple[State, list[Metrics]]:
         pieces = [split(_own_copy(tree), self.plan.method.micro_batches) for tree in (inputs, targets)]
-        walk = _Walk(self, self._with_totals(state, pieces[1][0]))
+        walk = self.walk(self._with_totals(state, pieces[1][0]))
         fed = state.fed
         for fed, (x, y) in enumerate(zip(*pieces, strict=True), state.fed + 1):
             walk.outbox[INPUTS, 0, fed - 1] = x
@@ -116,17 +118,24 @@ class Mpmd:
         return state, jax.tree.map(lambda *values: jnp.stack(values), *left) if left else None
 
     def drain(self, state: State) -> tuple[State, list[Metrics]]:
-        walk = _Walk(self, state)
+        walk = self.walk(state)
         walk.ticks(state.fed - state.origin, None)
         if self.plan.method.vertical_sync:  # the next batches begin anew, with one version on all stages
             walk.stages = [own._replace(previous=(own.params,) * len(own.previous)) for own in walk.stages]
         return walk.state(fed=state.fed, origin=state.fed), walk.metrics
+
+    def walk(self, state: State) -> "Walk":
+        """What goes through the ticks of a step from this state on."""
+        return Walk(self, state)
 
     def predict(self, state: State, inputs: PyTree) -> PyTree:
         inputs = _own_copy(inputs)
         for own, device, evaluate in zip(state.stages, self.devices, self._evaluations, strict=True):
             inputs = evaluate(own.params, own.state, jax.device_put(inputs, device))
         return inputs
+
+    def observe(self, observer: Observer | None) -> None:
+        self.observer = observer
 
     def tick_of_answer(self, k: int, batch: int) -> int:
         return schedules.tick_of(self.plan.schedule, k, Op(BACKWARD, batch))
@@ -146,8 +155,12 @@ class Mpmd:
         key = tick - past * schedule.period, num_batches - past * schedule.group
         if key not in self._rows:
             visits = enumerate(schedules.row(schedule, *key))
-            self._rows[key] = [Call(self._program(k, pattern(visit)), _batches(visit)) for k, visit in visits if visit]
+            self._rows[key] = [self._call(k, visit) for k, visit in visits if visit]
         return past * schedule.group, self._rows[key]
+
+    def _call(self, k: int, visit: Visit) -> "Call":
+        batches = _batches(visit)
+        return Call(self._program(k, pattern(visit)), batches, tuple(self.plan.takes_older(k, i) for i in batches))
 
     def _program(self, k: int, pattern: Pattern) -> "Program":
         if (k, pattern) not in self.programs:
@@ -165,13 +178,16 @@ class Program:
     """The compiled visit of stage k and a pattern, and what the host must know to call it."""
 
     def __init__(self, worker: Worker, k: int, pattern: Pattern):
-        self.k, self.worker, self.updates_first = k, worker, updates_first(pattern)
+        self.k, self.worker, self.pattern, self.updates_first = k, worker, pattern, updates_first(pattern)
         kinds = ["".join(kind for kind, m in pattern if m == n) for n in _batches(pattern)]  # e.g. ["BU", "F"]
         self.receives = [worker.receives(each) for each in kinds]
-        self.changed = worker.changes(pattern)
+        changes = worker.changes(pattern)
+        self.ages = "previous" in changes  # which the host sees to, for what a program returns is a copy
+        self.changed = tuple(field for field in changes if field != "previous")
         # What memos refer to lives on in them, old weights under stash above all: it is replaced, the rest overwritten.
-        lasting = {"previous", *(source.tree for source in worker.trace.held)}
-        lasting |= {"params"} if "previous" in self.changed else set()
+        # So do the counts, four numbers that every visit makes: an observer may wait for them.
+        lasting = {"counts", *(source.tree for source in worker.trace.held)}
+        lasting |= {"params"} if self.ages else set()
         self.donated = tuple(field for field in self.changed if field not in lasting)
         self.read = tuple(field for field in worker.reads(pattern) if field not in self.donated)
 
@@ -194,7 +210,8 @@ class Program:
         spent = [memo.saved if memo else [] for *_, memo in arrivals]
         rest = [(*messages, memo.held if memo else None) for *messages, memo in arrivals]
         changed, departures = self.compiled(donated, spent, read, rest)
-        return own._replace(**dict(zip(self.changed, changed, strict=True))), departures
+        previous = (own.params, *own.previous[:-1]) if self.ages else own.previous
+        return own._replace(**dict(zip(self.changed, changed, strict=True)), previous=previous), departures
 
 
 class Call(NamedTuple):
@@ -202,6 +219,7 @@ class Call(NamedTuple):
 
     program: Program
     batches: tuple[int, ...]
+    older: tuple[bool, ...]  # whether a forward of the batch is one on older weights
 
 
 def _batches(visit: Visit | Pattern) -> tuple[int, ...]:
@@ -233,7 +251,7 @@ def _own_copy(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else np.array(leaf), tree)
 
 
-class _Walk:
+class Walk:
     """A few ticks of the schedule: a state taken apart, worked on, and put together again."""
 
     def __init__(self, engine: Mpmd, state: State):
@@ -257,27 +275,35 @@ class _Walk:
             self.tick(tick, num_batches)
 
     def tick(self, tick: int, num_batches: int) -> None:
+        if self.engine.observer:
+            self.engine.observer.begin(tick)
         self._deliver()
         answered, calls = self.engine.row(tick, num_batches)
-        for program, batches in calls:
-            self._visit(program, [self.origin + answered + batch for batch in batches])
+        for program, batches, older in calls:
+            self._visit(program, [self.origin + answered + batch for batch in batches], older)
 
     def _deliver(self) -> None:
         """The messages of the last tick reach their readers; between stages that share a device none moves."""
         sent, self.outbox = self.outbox, {}
         if moving := [key for key in sent if key[:2] not in self.engine.unmoved]:
             readers = [self.engine.devices[reader] for _, reader, _ in moving]
-            sent.update(zip(moving, jax.device_put([sent[key] for key in moving], readers), strict=True))
+            moved = dict(zip(moving, jax.device_put([sent[key] for key in moving], readers), strict=True))
+            sent.update(moved)
+            if self.engine.observer:
+                self.engine.observer.deliver(moved)
         self.inbox.update(sent)
 
-    def _visit(self, program: Program, numbers: list[int]) -> None:
+    def _visit(self, program: Program, numbers: list[int], older: tuple[bool, ...]) -> None:
         k, before = program.k, self.stages[program.k]
         arrivals = [self._receive(k, number, kinds) for number, kinds in zip(numbers, program.receives, strict=True)]
         self.stages[k], departures = program(before, arrivals)
-        weights = self.stages[k].params if program.updates_first else before.params
-        for number, arrival, departure in zip(numbers, arrivals, departures, strict=True):
+        if self.engine.observer:
+            visit = tuple(Op(kind, numbers[n]) for kind, n in program.pattern)
+            self.engine.observer.visit(k, visit, self.stages[k].counts)
+        own = self.stages[k] if program.updates_first else before
+        for number, old, arrival, departure in zip(numbers, older, arrivals, departures, strict=True):
             outputs, _, cotangents, _, metrics = departure
-            if memo := program.worker.memo(arrival, departure, weights, before.state):
+            if memo := program.worker.memo(arrival, departure, own, old, before.state):
                 self.memos[k, number] = memo
             if outputs is not None and k < self.last:
                 self.outbox[INPUTS, k + 1, number] = outputs

@@ -11,7 +11,7 @@ import optax
 
 from fdg_jax import schedule as schedules
 from fdg_jax.data.source import Feed
-from fdg_jax.engine.base import Engine, Metrics, Plan, PyTree, State, join
+from fdg_jax.engine.base import Engine, Metrics, Observer, Plan, PyTree, State, join
 
 
 def synchronous(plan: Plan, optimizers: Sequence[optax.GradientTransformation]) -> Plan:
@@ -81,6 +81,10 @@ class Switching:
 
     def predict(self, state: State, inputs: PyTree) -> PyTree:
         return self._before.predict(state, inputs)
+
+    def observe(self, observer: Observer | None) -> None:
+        self._before.observe(observer)
+        self._then.observe(observer)
 
     def tick_of_answer(self, k: int, batch: int) -> int:
         if batch < self._after:

@@ -146,7 +146,7 @@ class Worker:
         kinds = {kind for kind, _ in pattern}
         forwards = ("state", "key", *predicting, *counting)
         forward = forwards if FORWARD in kinds else ("key",) if SYNTHESIS in kinds else ()
-        return ("params", "previous", *forward)
+        return ("params", "previous", "counts", *forward)
 
     def receives(self, kinds: Collection[str]) -> list[str]:
         """What operations of these kinds on one batch read, as `Arrival` names it."""
@@ -175,7 +175,13 @@ class Worker:
             own: the stage's state.
             arrivals: what the visit reads, one entry a batch.
         """
-        arrivals, local = list(arrivals), dict[int, Memo]()
+        return self.answer(pattern, own, arrivals)[:2]
+
+    def answer(
+        self, pattern: Pattern, own: StageState, arrivals: list[Arrival]
+    ) -> tuple[StageState, list[Departure], dict[int, PyTree]]:
+        """As `visit`, and the gradients with which it answers batches, as updates or accumulators get them."""
+        arrivals, local, gradients = list(arrivals), dict[int, Memo](), dict[int, PyTree]()
         departures = [Departure() for _ in arrivals]
         answer: tuple = ()
         for kind, n in pattern:
@@ -189,6 +195,7 @@ class Worker:
                 memo = local.get(n) or arrivals[n].memo
                 assert memo is not None  # the pattern says so
                 own, departures[n], answer = self._backward(own, memo, arrivals[n], departures[n])
+                gradients[n] = answer[0]
                 if self._accumulates:
                     own = own._replace(accumulated=self._accumulate(own.accumulated, *answer))
             elif self._accumulates:
@@ -196,10 +203,10 @@ class Worker:
                 own = own._replace(accumulated=jax.tree.map(jnp.zeros_like, own.accumulated))
             else:
                 own = self._update(own, *answer)
-        return own, departures
+        return own, departures, gradients
 
     def _forward(self, own: StageState, arrival: Arrival, kept: bool) -> tuple[StageState, Memo, Departure]:
-        inputs, weights = arrival.inputs, self._weights(own)
+        inputs, weights = arrival.inputs, self.weights(own)
         outputs, (state, metrics, sent), saved = self.trace.forward(
             weights, inputs, own.state, own.key, own.batch, arrival.targets if self._has_loss else None
         )
@@ -208,7 +215,7 @@ class Worker:
             state = _choose(all_finite(state), state, own.state)
         departure = Departure(
             outputs=outputs if sent is None else sent,
-            weights=None if weights is own.params or self.todays_weights or not kept else weights,
+            weights=weights if self._predicts and kept and not self.todays_weights else None,
             saved=saved if kept else None,
             metrics=metrics if self._is_last else None,
         )
@@ -221,19 +228,21 @@ class Worker:
             own = own._replace(totals=totals)
         return own, memo, departure
 
-    def memo(self, arrival: Arrival, departure: Departure, params: PyTree, state: PyTree) -> Memo | None:
+    def memo(self, arrival: Arrival, departure: Departure, own: StageState, older: bool, state: PyTree) -> Memo | None:
         """What the stage keeps of a batch after a visit; None where nothing.
 
         Args:
             arrival, departure: of the batch.
-            params: the stage's, at the forward; not read where the departure names others.
+            own: the stage's, at the forward, whose parameters the memo may refer to.
+            older: whether the forward used previous ones; see `Plan.takes_older`.
             state: before the visit.
         """
         if self._synthesiser and departure.outputs is not None:
             return Memo([], jax.tree.leaves((departure.outputs, arrival.targets)))
         if departure.saved is None:
             return None
-        used = params if departure.weights is None else departure.weights
+        weights = own.previous[-1] if older else own.params
+        used = weights if departure.weights is None else departure.weights
         return self.trace.memo(departure.saved, used, arrival.inputs, state, departure.outputs)
 
     def memo_shapes(self, targets: PyTree) -> Memo:
@@ -280,7 +289,7 @@ class Worker:
             moved = _choose(all_finite(gradients), moved, (params, opt_state))
         return own._replace(synthesis=Synthesis(moved[0], state, moved[1]))
 
-    def _weights(self, own: StageState) -> PyTree:
+    def weights(self, own: StageState) -> PyTree:
         """What a forward uses: today's parameters, older ones, or predicted ones."""
         if self._plan.schedule.double_buffered:
             return _choose(self._updates(own)[1] > 0, own.params, own.previous[0])
@@ -304,7 +313,7 @@ class Worker:
         self, own: StageState, memo: Memo, arrival: Arrival, departure: Departure
     ) -> tuple[StageState, Departure, tuple[PyTree, jax.Array]]:
         """The stage, what leaves, and what an update wants: the gradients, and whether all that was met is finite."""
-        gradients, sent = self.trace.backward(own.params, memo, self._cotangents(own, arrival))
+        gradients, sent = self.trace.backward(own.params, memo, self.cotangents(own, arrival))
         loss = self.trace.outputs_then(memo) if self._has_loss else []
         if departure.metrics:  # the forward is in the same visit
             loss = [departure.metrics["loss"]]
@@ -340,7 +349,7 @@ class Worker:
         previous = (own.params, *own.previous[:-1]) if own.previous else own.previous
         return own._replace(params=params, opt_state=opt_state, previous=previous)
 
-    def _cotangents(self, own: StageState, arrival: Arrival) -> list[jax.Array]:
+    def cotangents(self, own: StageState, arrival: Arrival) -> list[jax.Array]:
         """The error gradient of the stage's outputs: of a loss of its own, else received and shrunk (equation 7)."""
         if self._has_loss:
             return [jnp.ones((), self.trace.outputs.dtype)]

@@ -12,7 +12,7 @@ from fdg_jax.models.resnet_cifar import resnet_cifar
 from fdg_jax.models.wrn import wrn
 from fdg_jax.names import check_name
 
-__all__ = ["MODELS", "build", "mlp", "published_cuts", "resnet", "resnet_cifar", "wrn"]
+__all__ = ["MODELS", "abstract", "build", "mlp", "published_cuts", "resnet", "resnet_cifar", "wrn"]
 
 MODELS: dict[str, Callable[..., Sequence[Callable]]] = {
     "mlp": mlp,
@@ -51,6 +51,18 @@ def build(
         init=init,
         **_options(name, stem=(stem, "cifar"), pool_window=(pool_window, 0)),
     )
+
+
+def abstract(make: Callable[[], Sequence[Callable]]) -> Sequence[Callable]:
+    """The layers that `make` would make, modules with shapes for parameters: nothing is computed or held."""
+    layers: list[Callable] = []
+
+    def modules() -> list[nnx.Module]:
+        layers.extend(make())
+        return [layer for layer in layers if isinstance(layer, nnx.Module)]
+
+    shapes = iter(nnx.eval_shape(modules))
+    return [next(shapes) if isinstance(layer, nnx.Module) else layer for layer in layers]
 
 
 def _options(name: str, **given: tuple[object, object]) -> dict[str, object]:

@@ -1,0 +1,212 @@
+"""What runs came to, on one page beside the papers' figures: `python -m fdg_jax.report WORKDIR...`.
+
+Nothing on it is typed in: our numbers come from the folders of the runs, the papers' from `published.json`.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+from fdg_jax import page, staleness, tables
+from fdg_jax.figures import Bar, Picture, beta_bars, learning_curves, stage_curves
+from fdg_jax.plots import save
+from fdg_jax.published import TABLES, TITLES, cells
+from fdg_jax.results import Run, find
+from fdg_jax.sealed import replace_text
+from fdg_jax.tally import Group, Task, by_task, task_of
+
+OWN_PICTURES = {  # that a run may have drawn itself
+    "trace.png": "When each device did what, planned and measured",
+    "staleness.png": "Delay, distance, gradient and cosine of every stage",
+}
+PNG = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"  # with which every such file begins, and ends if it is whole
+
+
+def write(runs: Sequence[Run], out: Path) -> Path:
+    """Draws the figures into a folder and writes the page beside them.
+
+    Args:
+        runs: from `results.find`, at least one.
+        out: made where it is missing; files of an earlier report are replaced.
+
+    Returns:
+        The page.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    tasks = by_task(runs)
+    sections = [section for table in TABLES for section in _published(table, runs)]
+    curves = (learning_curves(f"curves_{n}", task.title, own) for n, (task, own) in enumerate(tasks.items()))
+    learning = _separated(tasks) + _drawn(curves, out, "Nothing was measured yet.")
+    sections.append(("Learning curves, as Figure 3", learning))
+    compared = [picture for n, (task, own) in enumerate(tasks.items()) for picture in _compared(n, task, own)]
+    if compared:
+        sections.append(("Shrinking factors and stages, as Figure 4", _drawn(compared, out)))
+    if inside := _drawn(_staleness(runs), out) + _own_pictures(runs):
+        sections.append(("Inside single runs", inside))
+    sections += [("Runs by method", tables.by_method(tasks)), ("Every run", tables.every_run(runs))]
+    path = out / "index.html"
+    replace_text(path, page.page("What the runs came to", _summary(runs), sections))
+    return path
+
+
+def _summary(runs: Sequence[Run]) -> str:
+    """How many there are, and what nobody should overlook."""
+    unfinished = sum(not run.finished for run in runs)
+    parts = [page.paragraph(f"{_count(len(runs), 'run')}, {unfinished or 'none'} of them unfinished.", "dim")]
+    if not any(run.cell for run in runs):
+        hint = "None was made for a cell of the papers' tables: python -m fdg_jax.reproduce makes such runs."
+        parts.append(page.paragraph(hint, "dim"))
+    for scale in sorted({run.scale or "unknown" for run in runs if run.cell and run.scale != "full"}):
+        parts.append(_loud(scale, [run for run in runs if run.cell and (run.scale or "unknown") == scale]))
+    if noted := notes(runs):
+        parts.append(page.warning("What is missing in these runs", page.listing(noted)))
+    return "\n".join(parts)
+
+
+def notes(runs: Iterable[Run]) -> list[str]:
+    """What is missing in runs, each with its folder."""
+    return [f"{run.workdir}: {note}" for run in runs for note in run.notes]
+
+
+def _loud(scale: str, runs: Sequence[Run]) -> str:
+    """What runs of less than the papers' task are."""
+    ran = sorted({f"{task_of(run).network} on {task_of(run).data}" for run in runs})
+    epochs = " or ".join(sorted({str(run.setting("epochs", "?")) for run in runs}))
+    text = (
+        f"{_count(len(runs), 'run')} of {epochs} epochs ({'; '.join(ran)}) stand in for cells of the papers' tables. "
+        "Their errors say that everything runs, not whether the papers' figures are met."
+    )
+    return page.warning(f"Scale {scale}: this is not the papers' task", page.paragraph(text))
+
+
+def _published(table: str, runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
+    """A section for every scale at which runs were made for a table."""
+    for scale in dict.fromkeys(run.scale for run in runs if run.cell and run.cell.table == table):
+        body = tables.of_cells(table, runs, scale)
+        times = tables.of_times(table, runs, scale) if any(cell.is_time for cell in cells(table)) else ""
+        yield TITLES[table] + ("" if scale == "full" else f" (scale {scale or 'unknown'})"), body + times
+
+
+def _separated(tasks: Mapping[Task, object]) -> str:
+    """Says that runs of different networks are never in one pair of axes."""
+    text = f"The runs are of {len(tasks)} networks or sets of images: each has axes of its own."
+    return page.paragraph(text) if len(tasks) > 1 else ""
+
+
+def _compared(number: int, task: Task, groups: Sequence[Group]) -> Iterator[Picture]:
+    """Bars over betas for every K that has some, and curves over K for every beta that has some."""
+    fdg = [group for group in groups if group.method == "fdg"]
+    bp = next((group for group in groups if group.method == "bp"), None)
+    for stages in sorted({group.num_stages for group in fdg}):
+        bars, bp_published = _bars(task, [group for group in fdg if group.num_stages == stages])
+        if len(bars) > 1:
+            title = f"{task.title}, K = {stages}"
+            yield beta_bars(f"betas_{number}_K{stages}", title, bars, bp.error if bp else None, bp_published)
+    for beta in sorted({group.beta for group in fdg}, reverse=True):
+        shown = [group for group in fdg if group.beta == beta]
+        if len({group.num_stages for group in shown}) > 1:
+            title = f"{task.title}, beta {beta:g}"
+            yield stage_curves(f"stages_{number}_beta{beta:g}", title, [bp, *shown] if bp else shown)
+
+
+def _bars(task: Task, groups: Sequence[Group]) -> tuple[list[Bar], float | None]:
+    """Of groups of one K, with those of Figure 4a that were not run; and BP's published error.
+
+    The papers' errors are shown beside runs of their task alone.
+    """
+    alike = [cell for cell in cells("figure4a") if (cell.network, cell.dataset) == task.cell]
+    if groups[0].num_stages not in {cell.num_stages for cell in alike if cell.beta is not None}:
+        alike = []
+    published = {cell.beta: cell.error if task.scale == "full" else None for cell in alike}
+    bp = published.pop(None, None)
+    bars = [Bar(group.beta, group.error, published.pop(group.beta, None), "not finished") for group in groups]
+    bars += [Bar(beta, None, error, "not run") for beta, error in published.items() if beta is not None]
+    return sorted(bars, key=lambda bar: bar.beta), bp
+
+
+def _staleness(runs: Iterable[Run]) -> Iterator[Picture]:
+    """Of runs that have measured it, and have not drawn it themselves."""
+    for number, run in enumerate(runs):
+        if staleness.probed(run.lines) and not (run.workdir / "staleness.png").is_file():
+            text = f"{OWN_PICTURES['staleness.png']}, {run.workdir}"
+            yield Picture(f"staleness_{number}", staleness.draw(run.lines), f"{text}: a line a stage.", text)
+
+
+def _drawn(pictures: Iterable[Picture | None], out: Path, otherwise: str = "") -> str:
+    """The pictures in the page, each a file beside it too."""
+    shown = []
+    for picture in filter(None, pictures):
+        path = save(picture.figure, out / f"{picture.name}.png")
+        shown.append(page.image(path.read_bytes(), picture.alt, picture.caption))
+    return "\n".join(shown) or (page.paragraph(otherwise) if otherwise else "")
+
+
+def _own_pictures(runs: Iterable[Run]) -> str:
+    """What runs have drawn themselves; a file that is no PNG, or not a whole one, is left out."""
+    shown = []
+    for run in runs:
+        for name, caption in OWN_PICTURES.items():
+            with suppress(OSError):
+                data, title = (run.workdir / name).read_bytes(), f"{caption}, {run.workdir}"
+                if data.startswith(PNG[0]) and data.endswith(PNG[1]):
+                    shown.append(page.image(data, f"{title}. Drawn by the run itself.", title))
+    return "\n".join(shown)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def default_out(workdirs: Sequence[str]) -> Path:
+    """`report` in the folder that holds the runs: the first that is named, or the one above where that is a run."""
+    first = Path(workdirs[0])
+    runs = find([first])
+    return (first.parent if runs[0].workdir == first else first) / "report"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(_complain(f"{message}; try python -m fdg_jax.report runs", 2))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the report that the command line asks for; the exit status: 0, or 2 where what is named cannot be used."""
+    parser = _Parser(
+        prog="python -m fdg_jax.report",
+        description="Learning curves, tables and comparisons of runs on one HTML page, with the papers' figures.",
+    )
+    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="a run's folder, or one above runs, like runs/")
+    parser.add_argument("--out", help="folder for index.html and its PNGs; by default report/ where the runs are")
+    given = parser.parse_args(argv)
+    try:
+        runs = find(given.workdirs)
+        out = Path(given.out) if given.out else default_out(given.workdirs)
+        path = write(runs, out)
+    except ValueError as error:
+        return _complain(error, 2)
+    except OSError as error:
+        where = error.filename or given.out
+        return _complain(f"cannot write to --out={where}: {error.strerror}; choose another folder", 2)
+    except KeyboardInterrupt:
+        return _complain("stopped; the report is not complete", 130)
+    for note in notes(runs):
+        print(note)
+    print(f"{path}: {_count(len(runs), 'run')}")
+    return 0
+
+
+def _complain(reason: object, status: int) -> int:
+    print(f"fdg_jax: {reason}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""The tables of the report: the papers' cells with ours beside, times, runs by method, every run."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+
+from fdg_jax import page
+from fdg_jax.published import Cell, Key, cells, to_run
+from fdg_jax.results import Run
+from fdg_jax.tally import METHODS, NETWORKS, Group, Task, distinct, of_cell
+
+# A head that ends in a space stands over numbers.
+CELLS = ("Method", "beta ", "K ", "Ours, % ", "Least to greatest ", "Seeds ", "Paper, % ", "Seconds ", "Hardware")
+TIMES = ("Method", "K ", "Ours, % of BP ", "Paper, % of BP ", "Ours, s an epoch ", "Paper, s an epoch ", "Hardware")
+METHOD = ("Method", "Epochs ", "Error, % ", "Least to greatest ", "Seeds ", "Seconds ", "Images/s ", "Hardware")
+RUNS = ("Folder", "Seed ", "Epochs ", "Error, % ", "Seconds ", "Hardware", "Versions")
+CELLS_NOTE = (
+    "Ours is the median over seeds, from the files of the runs; seconds are those of a whole run, the median. The "
+    "paper's figures are its authors'; * is what they reran with their recipe, + what they cite, r what only their "
+    "repository prints."
+)
+TIMES_NOTE = (
+    "Of the training alone, without compilation and evaluation, the median over seeds and betas; in percent where BP "
+    "ran on devices of the same kind. The paper's percents are of Tesla K80; its seconds, which the repository prints, "
+    "are of hardware that it does not name."
+)
+
+
+def of_cells(table: str, runs: Sequence[Run], scale: str | None) -> str:
+    """A table of the papers with the runs that were made for it at a scale; a cell without any says so."""
+    groups = [(network, [_cell(key, of_cell(runs, key, scale)) for key in own]) for network, own in _networks(table)]
+    title = f"Top-1 test error after the last epoch{_not_the_task(scale)}"
+    return page.table(title, CELLS, groups) + page.paragraph(CELLS_NOTE, "dim")
+
+
+def _not_the_task(scale: str | None) -> str:
+    return "" if scale == "full" else f". SCALE {(scale or 'unknown').upper()}: OURS ARE NOT OF THE PAPERS' TASK"
+
+
+def _networks(table: str) -> Iterator[tuple[str, list[Key]]]:
+    for network, own in groupby(to_run(table), key=lambda key: key.network):
+        yield NETWORKS.get(network, network), list(own)
+
+
+def _cell(key: Key, runs: Sequence[Run]) -> str:
+    head = [page.cell(METHODS.get(key.method, key.method)), page.number(key.beta, 1), page.number(key.num_stages, 0)]
+    paper = page.cell(_paper(cell for cell in cells(key.table) if cell.key == key), "number")
+    if not runs:
+        return page.row([*head, page.cell("not run", "none number"), *["<td></td>"] * 2, paper, *["<td></td>"] * 2])
+    group = Group("", tuple(runs))
+    return page.row(
+        [
+            *head,
+            *_error(group),
+            page.cell(group.seeds, "number"),
+            paper,
+            page.number(group.median_of("seconds"), 0),
+            page.cell("; ".join(group.hardware)),
+        ],
+        runs[0].command or "the command is not known",
+        len(CELLS),
+    )
+
+
+def _error(group: Group) -> list[str]:
+    """Median and spread, or how far it went."""
+    if group.error is None:
+        epochs = max(run.epochs for run in group.runs)
+        return [page.cell("not finished", "none number"), page.cell(f"{epochs:g} epochs", "none number")]
+    spread = f"{group.error.least:.2f} to {group.error.greatest:.2f}"
+    return [page.number(group.error.median, kind="number ours"), page.cell(spread, "number")]
+
+
+def _paper(published: Iterable[Cell]) -> str:
+    """Like "6.19*, 6.97+": equal figures of both sources once."""
+    marks: dict[str, str] = {}
+    for cell in published:
+        if cell.error is not None:
+            mark = {"rerun": "*", "cited": "+"}.get(cell.reported_by or "", "")
+            marks.setdefault(f"{cell.error:.2f}{mark}", "" if cell.source == "preprint" else " r")
+    return ", ".join(figure + source for figure, source in marks.items()) or "not printed"
+
+
+def of_times(table: str, runs: Sequence[Run], scale: str | None) -> str:
+    """What an epoch takes, ours beside the papers', for every method and K of which a time is published."""
+    published: dict[tuple[str, str, str, int], list[Cell]] = {}
+    for cell in cells(table):
+        if cell.is_time:
+            published.setdefault((cell.network, cell.dataset, cell.method, cell.num_stages), []).append(cell)
+    ours: dict[tuple[str, str, str, int], list[Run]] = {}
+    for run in distinct(run for run in runs if run.scale == scale):
+        if run.cell:
+            _, network, dataset, method, _, num_stages = run.cell
+            ours.setdefault((network, dataset, method, num_stages), []).append(run)
+    groups = {place: Group("", tuple(own)) for place, own in ours.items()}
+    bodies = [
+        (NETWORKS.get(network, network), [_time(place, published[place], groups) for place in own])
+        for network, own in groupby(published, key=lambda place: place[0])
+    ]
+    return page.table(f"Time{_not_the_task(scale)}", TIMES, bodies) + page.paragraph(TIMES_NOTE, "dim")
+
+
+def _time(place: tuple[str, str, str, int], published: Sequence[Cell], ours: Mapping[tuple, Group]) -> str:
+    network, dataset, method, num_stages = place
+    group, bp = ours.get(place), ours.get((network, dataset, "bp", 1))
+    seconds, base = (own.median_of("seconds_per_epoch") if own else None for own in (group, bp))
+    comparable = group and bp and None not in group.device_kinds and group.device_kinds == bp.device_kinds
+    missing = "not a method here" if method == "data_parallel" else "not run"
+    return page.row(
+        [
+            page.cell(METHODS.get(method, method)),
+            page.number(num_stages, 0),
+            page.number(100 * seconds / base if seconds and base and comparable else None, 1, "number ours"),
+            page.number(next((cell.percent_of_bp for cell in published if cell.percent_of_bp), None)),
+            page.number(seconds) if group else page.cell(missing, "none number"),
+            page.number(next((cell.seconds_per_epoch for cell in published if cell.seconds_per_epoch), None), 1),
+            page.cell("; ".join(group.hardware) if group else ""),
+        ]
+    )
+
+
+def by_method(tasks: Mapping[Task, Sequence[Group]]) -> str:
+    """A row a group of seeds, under their network and data."""
+    bodies = [(task.title, [_method(group) for group in groups]) for task, groups in tasks.items()]
+    return page.table("Runs that differ in their seed alone, put together", METHOD, bodies)
+
+
+def _method(group: Group) -> str:
+    epochs = max(run.epochs for run in group.runs)
+    return page.row(
+        [
+            page.cell(group.label),
+            page.cell(f"{epochs:g}", "number"),
+            *_error(group),
+            page.cell(group.seeds, "number"),
+            page.number(group.median_of("seconds"), 1),
+            page.number(group.median_of("images_per_second"), 0),
+            page.cell("; ".join(group.hardware)),
+        ]
+    )
+
+
+def every_run(runs: Sequence[Run]) -> str:
+    """A row a folder, with its command beneath."""
+    return page.table("Every run, by folder", RUNS, [("", [_run(run) for run in runs])])
+
+
+def _run(run: Run) -> str:
+    asked = run.setting("epochs")
+    versions = run.starts[-1].get("versions") if run.starts else None
+    shown = ", ".join(f"{name} {version}" for name, version in versions.items()) if isinstance(versions, dict) else ""
+    again = f", {len(run.starts)} starts" if len(run.starts) > 1 else ""
+    return page.row(
+        [
+            page.cell(run.workdir),
+            page.cell(run.setting("seed", "?"), "number"),
+            page.cell(f"{run.epochs:g}" + ("" if run.finished else f" of {asked}"), "number"),
+            page.number(run.error) if run.finished else page.cell("not finished", "none number"),
+            page.number(run.seconds, 1),
+            page.cell((run.hardware or "unknown") + again),
+            page.cell(shown or "unknown"),
+        ],
+        run.command or "the command is not known",
+        len(RUNS),
+    )

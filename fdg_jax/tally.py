@@ -1,0 +1,211 @@
+"""Runs put together: those of one task, and among them those that differ in their seed alone; medians and spreads."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fdg_jax.published import Key
+from fdg_jax.results import Run, is_number
+
+METHODS = {"bp": "BP", "fdg": "FDG", "ddg": "DDG", "dgl": "DGL", "dni": "DNI", "adl": "ADL"} | {
+    "features_replay": "Features Replay",
+    "data_parallel": "data parallel",
+}
+NETWORKS = {"wrn28_10": "WRN-28-10"} | {f"resnet{depth}": f"ResNet-{depth}" for depth in (18, 20, 56, 110, 1202)}
+DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+# Settings that change when something is written, not what: runs that differ in them are seeds of one another.
+ASIDE = ("seed", "log_every", "on_nan", "checkpoint.", "data.path", "trace", "profile", "probe")
+
+
+class Task(NamedTuple):
+    """What runs must have in common to stand in one picture.
+
+    Attributes:
+        network: as it ran, like "resnet_cifar, depth 8, width 16".
+        data: that it ran on.
+        cell: network and data set of the papers that it stands for, or None.
+        scale: of that cell.
+    """
+
+    network: str
+    data: str
+    cell: tuple[str, str] | None = None
+    scale: str | None = None
+
+    @property
+    def title(self) -> str:
+        ran = f"{self.network} on {self.data}"
+        if self.cell is None:
+            return ran
+        named = f"{NETWORKS.get(self.cell[0], self.cell[0])} on {DATASETS.get(self.cell[1], self.cell[1])}"
+        return named if self.scale == "full" else f"{named}, scale {self.scale or 'unknown'}: {ran}"
+
+
+class Spread(NamedTuple):
+    """Median, least and greatest of some numbers."""
+
+    median: float
+    least: float
+    greatest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        label: what distinguishes it from the other groups of its task, like "FDG, beta 0.5, K = 2".
+        runs: one or more.
+    """
+
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def method(self) -> str:
+        return str(self.runs[0].setting("method.name", "?"))
+
+    @property
+    def beta(self) -> float:
+        beta = self.runs[0].setting("method.beta")
+        return float(beta) if is_number(beta) else 1.0
+
+    @property
+    def num_stages(self) -> int:
+        """K; 1 for BP, whose stages wait for one another."""
+        stages = self.runs[0].setting("num_stages")
+        return int(stages) if is_number(stages) and self.method != "bp" else 1
+
+    @property
+    def finished(self) -> list[Run]:
+        return [run for run in self.runs if run.finished]
+
+    @property
+    def error(self) -> Spread | None:
+        """In percent, after the last epoch, of the runs that are finished."""
+        errors = [run.error for run in self.finished if run.error is not None]
+        return Spread.of(errors) if errors else None
+
+    @property
+    def seeds(self) -> str:
+        """How many are finished, "2 of 3" where some are not."""
+        done = len(self.finished)
+        return f"{done}" if done == len(self.runs) else f"{done} of {len(self.runs)}"
+
+    def median_of(self, attribute: str) -> float | None:
+        """Of a number of `Run`, over the runs that have it, the finished ones where there are some."""
+        values = [getattr(run, attribute) for run in self.finished or self.runs]
+        known = [value for value in values if value is not None]
+        return statistics.median(known) if known else None
+
+    @property
+    def hardware(self) -> list[str]:
+        return list(dict.fromkeys(run.hardware or "unknown" for run in self.runs))
+
+    @property
+    def device_kinds(self) -> set[str]:
+        """Of all its starts; None is in it where one is not known."""
+        return {kind for run in self.runs for start in run.starts or [{}] for kind in start.get("devices") or [None]}
+
+    def curve(self, name: str) -> list[tuple[float, Spread]]:
+        """(epoch, spread over the seeds) of a curve of `Run`, "test_error" or "train_loss", where any seed has it."""
+        values: dict[float, list[float]] = defaultdict(list)
+        for run in self.runs:
+            for epoch, value in getattr(run, name):
+                values[epoch].append(value)
+        return [(epoch, Spread.of(values[epoch])) for epoch in sorted(values)]
+
+
+def by_task(runs: Iterable[Run]) -> dict[Task, list[Group]]:
+    """The groups of every task, in the order in which the runs are given."""
+    tasks: dict[Task, list[Run]] = defaultdict(list)
+    for run in runs:
+        tasks[task_of(run)].append(run)
+    return {task: grouped(members) for task, members in tasks.items()}
+
+
+def task_of(run: Run) -> Task:
+    """The network and the data of a run, and the cell that it stands for."""
+    model, data = run.section("model"), run.section("data")
+    network = str(model.get("name", "unknown network"))
+    for key, value in model.items():
+        if key in ("depth", "width") or (key == "stem" and network == "resnet"):
+            network += f", {key} {value}"
+    cell = (run.cell.network, run.cell.dataset) if run.cell else None
+    return Task(network, _data(data), cell, run.scale if cell else None)
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    source = str(data.get("source", "unknown data"))
+    if source == "tfds":
+        source = str(data.get("name"))
+    elif source in ("arrays", "folder"):
+        source = f"{source} {Path(str(data.get('path'))).name}"
+    return f"{data['limit']} images of {source}" if data.get("limit") else source
+
+
+def grouped(runs: Iterable[Run]) -> list[Group]:
+    """Runs with equal settings but for the seed as groups, BP first, then by K; with labels that tell them apart."""
+    members: dict[tuple, list[Run]] = defaultdict(list)
+    for run in distinct(runs):
+        members[_identity(run)].append(run)
+    labels: dict[str, list[tuple]] = defaultdict(list)
+    for identity, own in members.items():
+        labels[_label(own[0])].append(identity)
+    groups = [
+        Group(", ".join([label, *_differences(identity, alike)]), tuple(members[identity]))
+        for label, alike in labels.items()
+        for identity in alike
+    ]
+    return sorted(groups, key=lambda group: (group.method != "bp", group.num_stages, group.method, -group.beta))
+
+
+def _identity(run: Run) -> tuple:
+    """Everything that its result depends on, but for the seed; a run without settings is like no other."""
+    flat = sorted((key, str(value)) for key, value in flatten(run.settings) if not key.startswith(ASIDE))
+    return tuple(flat) or (("folder", str(run.workdir)),)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves by dotted names."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _label(run: Run) -> str:
+    name, beta, stages = (run.setting(key) for key in ("method.name", "method.beta", "num_stages"))
+    facts = [METHODS.get(name, name) if name else run.workdir.name]
+    facts += [f"beta {beta:g}"] if is_number(beta) and (name == "fdg" or beta != 1) else []
+    return ", ".join(facts + ([f"K = {stages}"] if stages and name != "bp" else []))
+
+
+def _differences(identity: tuple, alike: Sequence[tuple]) -> list[str]:
+    """Where the settings of groups with one label are others."""
+    common = set.intersection(*map(set, alike))
+    return [f"{key} {value}" for key, value in identity if (key, value) not in common] if len(alike) > 1 else []
+
+
+def of_cell(runs: Iterable[Run], key: Key, scale: str | None) -> list[Run]:
+    """The runs made for a cell at a scale; where there is none, those made for the same experiment in another table."""
+    alike = [run for run in runs if run.cell and run.cell[1:] == key[1:] and run.scale == scale]
+    return distinct([run for run in alike if run.cell == key] or alike)
+
+
+def distinct(runs: Iterable[Run]) -> list[Run]:
+    """Each seed of the same settings once, that which went furthest."""
+    kept: dict[tuple, Run] = {}
+    for run in runs:
+        name = (*_identity(run), run.setting("seed"))
+        if name not in kept or run.epochs > kept[name].epochs:
+            kept[name] = run
+    return list(kept.values())

@@ -1,0 +1,170 @@
+"""What the recorder makes of what an engine tells it, with a clock of our own; and of a real pipeline."""
+
+import threading
+from collections import Counter
+from dataclasses import replace
+
+import jax
+import pytest
+from helpers import assert_trees_close, host, make_pipeline, tiny_batches
+
+from fdg_jax import corrections, methods
+from fdg_jax import schedule as schedules
+from fdg_jax.recorder import Recorder
+from fdg_jax.schedule import Op
+
+METHODS = {
+    "fdg": methods.fdg(0.5),
+    "gpipe": methods.gpipe(2),  # in which some visits make nothing that another stage reads
+    "dni": methods.dni(context=False),
+}
+
+
+def told(*events):
+    """The timeline of two stages on two devices: an array is the time at which it is there."""
+    now, known = [0.0], threading.local()
+
+    def clock():
+        return getattr(known, "time", now[0])
+
+    def wait(array):
+        known.time = array  # in the thread that waits
+
+    recorder = Recorder(["a", "b"], schedules.fdg(2), clock, wait)
+    for time, what, *arguments in events:
+        now[0] = time
+        getattr(recorder, what)(*arguments)
+    return recorder.stop()
+
+
+def test_a_visit_begins_with_the_last_of_what_it_needs():
+    """Dispatched at 1; or the visit before ends, at 4; or a message arrives, at 9; or dispatched, at 20."""
+    visits = [((Op("F", i),), end) for i, end in enumerate((4.0, 6.0, 12.0, 21.0))]
+    found = told(
+        (1, "begin", 0),
+        (1, "visit", 1, *visits[0]),
+        (1, "begin", 1),
+        (1, "visit", 1, *visits[1]),
+        (2, "begin", 2),
+        (2, "deliver", {("inputs", 1, 2): 9.0, ("targets", 1, 3): 7.0}),
+        (2, "visit", 1, *visits[2]),
+        (20, "begin", 3),
+        (20, "visit", 1, *visits[3]),
+    )
+    assert [(box.start, box.end) for box in found.boxes] == [(0, 3), (3, 5), (8, 11), (19, 20)]
+    assert [(m.sender, m.reader, m.op, m.sent, m.arrived) for m in found.messages] == [
+        (0, 1, Op("F", 2), 1, 8),
+        (None, 1, Op("F", 3), 1, 6),
+    ]
+
+
+def test_a_message_leaves_when_it_is_there_and_its_transfer_is_dispatched():
+    found = told(
+        (0, "begin", 0),
+        (0, "visit", 0, (Op("F", 0),), 5.0),
+        (1, "begin", 1),
+        (1, "deliver", {("inputs", 1, 0): 7.0}),
+        (1, "visit", 1, (Op("F", 0), Op("B", 0)), 8.0),
+        (10, "begin", 2),
+        (10, "deliver", {("cotangents", 0, 0): 12.0}),
+        (10, "visit", 0, (Op("B", 0),), 13.0),
+    )
+    assert [(m.sender, m.op, m.sent, m.arrived) for m in found.messages] == [
+        (0, Op("F", 0), 5, 7),
+        (1, Op("B", 0), 10, 12),
+    ]
+    assert [(box.start, box.end) for box in found.boxes] == [(0, 5), (7, 8), (12, 13)]
+
+
+def test_the_window_begins_at_the_mark():
+    visits = [(float(end), "visit", 0, (Op("F", end),), float(end)) for end in (1, 2, 3)]
+    found = told(*visits[:2], (2, "mark"), visits[2])
+    assert [box.ops[0].batch for box in found.boxes] == [3]
+    assert found.since == {0: 0.0}  # the one before ended when this one began
+
+
+def test_a_computation_that_fails_is_told():
+    def wait(array):
+        raise ValueError("no such array")
+
+    recorder = Recorder(["a"], schedules.fdg(1), wait=wait)
+    recorder.visit(0, (Op("F", 0),), 1)
+    with pytest.raises(RuntimeError, match="not measured: no such array"):
+        recorder.stop()
+
+
+def train(pipe, recorder=None, first=3, num=6, last=12):
+    """What the stages own in the end; the window is of the steps first .. first + num - 1."""
+    state, batches = pipe.init(jax.random.key(0), tiny_batches(1)[0][0]), tiny_batches(last)
+    for step, batch in enumerate(batches):
+        if recorder and step in (first - 1, first + num):
+            pipe.observe(recorder if step < first else None)
+        if recorder and step == first:
+            recorder.mark()
+        state, _ = pipe.step(state, batch)
+    return [host((own.params, own.state, own.opt_state, own.counts, own.totals)) for own in state.stages]
+
+
+@pytest.fixture(scope="module", params=list(METHODS))
+def recorded(request):
+    pipe = make_pipeline(num_stages=2, method=METHODS[request.param])
+    recorder = Recorder(pipe.devices, pipe.schedule)
+    seen = train(pipe, recorder)
+    return pipe, recorder.stop(), seen, train(pipe)
+
+
+def test_the_trajectory_is_the_same(recorded):
+    *_, seen, unseen = recorded
+    assert_trees_close(seen, unseen, 0)
+
+
+def test_every_visit_of_the_window_is_there_once_and_in_order(recorded):
+    pipe, timeline, *_ = recorded
+    period = pipe.ticks_per_batch
+    ticks = range(3 * period, 9 * period)
+    wanted = [
+        (tick, k, visit)
+        for tick in ticks
+        for k, visit in enumerate(schedules.row(pipe.schedule, tick, 9 * pipe.method.micro_batches))
+        if visit
+    ]
+    assert [(box.tick, box.stage, box.ops) for box in timeline.boxes] == wanted
+
+
+def test_visits_of_a_device_do_not_overlap(recorded):
+    _, timeline, *_ = recorded
+    for device, boxes in timeline.lanes.items():
+        free = timeline.since[device]
+        for box in boxes:
+            assert free <= box.start <= box.end
+            free = box.end
+
+
+def test_messages_arrive_after_they_are_sent_and_before_they_are_read(recorded):
+    pipe, timeline, *_ = recorded
+    assert all(message.sent <= message.arrived for message in timeline.messages)
+    arrows = list(timeline.arrows())
+    kinds = Counter(message.op.kind for message, *_ in arrows)
+    assert min(kinds.values()) >= 5
+    assert set(kinds) == {"F", "S" if pipe.method.name == "dni" else "B"}
+    for message, sender, reader in arrows:
+        assert sender.stage == message.sender
+        assert sender.tick < reader.tick
+        assert message.arrived <= reader.start or reader.start == reader.end
+
+
+def test_a_switch_of_schedules_is_recorded():
+    """The pipeline is drained in step 4, and fills again with another schedule."""
+    method = replace(methods.fdg(0.5), corrections=(corrections.SwitchToSynchronous(5),))
+    pipe = make_pipeline(num_stages=2, method=method)
+    recorder = Recorder(pipe.devices, pipe.schedule)
+    train(pipe, recorder)
+    updates = Counter(op.batch for box in recorder.stop().boxes for op in box.ops if op.kind == "U" and box.stage == 0)
+    assert updates == dict.fromkeys(range(1, 9), 1)
+
+
+def test_the_fused_engine_has_nothing_to_see():
+    pipe = make_pipeline(num_stages=2, engine="fused")
+    pipe.init(jax.random.key(0), tiny_batches(1)[0][0])
+    with pytest.raises(ValueError, match="no visits to see; mpmd has them"):
+        pipe.observe(Recorder(pipe.devices, pipe.schedule))

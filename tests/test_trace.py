@@ -1,0 +1,136 @@
+"""Hand-made timelines whose shares are plain, the trace file, the picture."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fdg_jax import schedule as schedules
+from fdg_jax.plots import save
+from fdg_jax.schedule import Op
+from fdg_jax.timeline import Box, Link, Message, StageCost, plan
+from fdg_jax.trace import Timeline, chrome_trace, draw, shares, title
+
+
+def box(stage, tick, start, end, *ops, device=None):
+    return Box(stage, stage if device is None else device, tick, tuple(Op(o[0], int(o[1:])) for o in ops), start, end)
+
+
+# Device 0 is late by a message in the second visit, device 1 has less to do than device 0 and waits besides.
+HAND_MADE = Timeline(
+    "measured",
+    (
+        box(0, 5, 0.0, 3.0, "B3", "U3", "F5"),
+        box(1, 5, 0.0, 2.0, "F4", "B4", "U4"),
+        box(0, 6, 5.0, 9.0, "B4", "U4", "F6"),
+        box(1, 6, 4.0, 6.0, "F5", "B5", "U5"),
+    ),
+    (
+        Message(1, 0, Op("B", 4), 2.0, 4.0),  # while device 0 works until 3, then for one second
+        Message(None, 0, Op("F", 6), 3.5, 4.5),  # of which half a second together with the other
+        Message(0, 1, Op("F", 5), 3.0, 3.5),
+    ),
+    {0: -1.0, 1: -4.0},
+)
+
+
+def test_where_the_time_goes():
+    """Device 0: 10 s, 7 of compute, 1.5 of transfer. Device 1: 10 s, 4 of compute, 0.5 of transfer, 30 % less to do."""
+    found = shares(HAND_MADE)
+    assert found[0] == pytest.approx((70, 15, 15, 0))
+    assert found[1] == pytest.approx((40, 5, 25, 30))
+
+
+def test_stages_that_share_a_device_are_one_lane():
+    boxes = (box(0, 0, 0, 1, "F0"), box(1, 1, 1, 3, "F0", "B0", "U0", device=0), box(0, 2, 4, 6, "B0", "U0"))
+    assert shares(Timeline("measured", boxes)) == {0: pytest.approx((100 * 5 / 6, 0, 100 / 6, 0))}
+
+
+def test_imbalance_is_no_more_than_what_is_idle():
+    """Device 1 would lose 50 % to imbalance, but for 60 % it waits for a message."""
+    boxes = (box(0, 0, 0, 9, "F1"), box(1, 0, 0, 1, "F0"), box(1, 1, 7, 10, "F1"))
+    parts = shares(Timeline("measured", boxes, (Message(0, 1, Op("F", 1), 1.0, 7.0),)))
+    assert parts[1] == pytest.approx((40, 60, 0, 0))
+
+
+def planned_timeline(schedule, costs, num_batches=12, transfer=1.0, devices=None):
+    messages = []
+    boxes = tuple(plan(schedule, costs, num_batches, Link(bandwidth=1 / transfer), devices, messages=messages))
+    return Timeline("planned", boxes, tuple(messages))
+
+
+@given(st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=4), st.booleans(), st.sampled_from("abc"))
+def test_shares_add_up(costs, shares_devices, name):
+    maker = {"a": schedules.fdg, "b": schedules.bp, "c": schedules.pipedream}[name]
+    costs = [StageCost(f, b, 0.5, activations=size, cotangents=size) for f, b, size in costs]
+    devices = [k // 2 for k in range(len(costs))] if shares_devices else None
+    for parts in shares(planned_timeline(maker(len(costs)), costs, 8, devices=devices)).values():
+        assert sum(parts) == pytest.approx(100)
+        assert min(parts) >= -1e-9
+
+
+def test_bp_waits_and_is_not_out_of_balance():
+    parts = shares(planned_timeline(schedules.bp(2), [StageCost(1, 2)] * 2))
+    for part in parts.values():  # but for the ends of the windows, where one device waits less
+        assert part.compute == pytest.approx(50, abs=3)
+        assert part.imbalance == pytest.approx(0, abs=3)
+
+
+def test_messages_of_a_plan_leave_their_senders_and_reach_their_readers():
+    costs = [StageCost(1, 2, activations=2, cotangents=1)] * 3
+    timeline = planned_timeline(schedules.fdg(3), costs)
+    arrows = list(timeline.arrows())
+    assert len(arrows) == len(timeline.messages) == 2 * 2 * 12
+    for message, sender, reader in arrows:
+        assert sender.end <= message.sent < message.arrived <= reader.start
+        assert message.arrived - message.sent == (2 if message.op.kind == "F" else 1)
+    assert planned_timeline(schedules.fdg(3), costs, devices=[0, 0, 0]).messages == ()
+
+
+def test_a_trace_is_what_chrome_reads():
+    """Every event has what its phase needs; flows are pairs whose ends lie in the slices that they join."""
+    plan_ = planned_timeline(schedules.fdg(2), [StageCost(1, 2, activations=1, cotangents=1)] * 2)
+    events = json.loads(json.dumps(chrome_trace([plan_, HAND_MADE])))["traceEvents"]
+    slices = [event for event in events if event["ph"] == "X"]
+    assert len(slices) == len(plan_.boxes) + len(HAND_MADE.boxes)
+    for event in slices:
+        assert {"name", "pid", "tid", "ts", "dur"} <= set(event)
+        assert event["dur"] > 0
+    assert [e["name"] for e in slices if e["pid"] == 1] == [title(each.ops) for each in HAND_MADE.boxes]
+    assert (slices[-1]["ts"], slices[-1]["dur"], slices[-1]["tid"]) == (4e6, 2e6, 1)
+    assert slices[-1]["args"] == {"stage": 1, "tick": 6, "batches": [5]}
+    names = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert names == {(pid, device): f"device {device}" for pid in (0, 1) for device in (0, 1)}
+    begins, ends = ({e["id"]: e for e in events if e["ph"] == phase} for phase in "sf")
+    assert set(begins) == set(ends)
+    assert len(begins) == len([e for e in events if e["ph"] == "s"]) == len(plan_.messages) + 2
+
+    def covering(flow):
+        return [
+            s
+            for s in slices
+            if (s["pid"], s["tid"]) == (flow["pid"], flow["tid"]) and s["ts"] <= flow["ts"] < s["ts"] + s["dur"]
+        ]
+
+    for number, begin in begins.items():
+        assert begin["ts"] < ends[number]["ts"]
+        assert begin["args"]["sent_us"] <= begin["args"]["arrived_us"]
+        (sender,), (reader,) = covering(begin), covering(ends[number])
+        assert begin["args"]["batch"] in sender["args"]["batches"]
+        assert begin["args"]["batch"] in reader["args"]["batches"]
+        assert sender["tid"] != reader["tid"]
+
+
+def test_the_picture_has_both_timelines_on_one_scale(tmp_path):
+    figure = draw([planned_timeline(schedules.fdg(2), [StageCost(1, 2)] * 2, 3), HAND_MADE])
+    above, below = figure.axes
+    assert above.get_xlim() == below.get_xlim() == (0, 1e3 * 12)
+    assert [axes.get_title(loc="left").split(",")[0] for axes in figure.axes] == ["planned", "measured"]
+    texts = [text.get_text() for text in below.texts]
+    for expected in ("B3", "F5", "F4", "B4"):
+        assert expected in texts
+    assert "70 % compute\n15 % transfer\n15 % waiting\n0 % imbalance" in texts
+    arrows = [text for text in below.texts if getattr(text, "arrow_patch", None)]
+    assert [(a.xyann[0], a.xy[0]) for a in arrows] == [(2000, 4000), (3000, 3500)]
+    assert save(figure, tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,204 @@
+"""The window of a run: its files, its plan, what is said; bad settings."""
+
+import dataclasses
+import io
+import json
+import re
+
+import pytest
+from rich.console import Console
+from test_trace import planned_timeline
+
+from fdg_jax import schedule as schedules
+from fdg_jax.config import (
+    ConfigError,
+    DataSettings,
+    MethodSettings,
+    ModelSettings,
+    OptimSettings,
+    Settings,
+    TraceSettings,
+    default_config,
+    differences,
+    resolve,
+)
+from fdg_jax.schedule import Op
+from fdg_jax.timeline import Box, Message, StageCost
+from fdg_jax.trace import Timeline, shares
+from fdg_jax.tracing import Tracing, follows, planned, stage_costs
+from fdg_jax.train import train_and_evaluate
+
+SMALL = Settings(
+    seed=3,
+    epochs=2,
+    batch_size=256,  # 5 steps an epoch
+    log_every_steps=2,
+    model=ModelSettings(name="mlp", depth=2, width=16),
+    data=DataSettings(source="digits"),
+    method=MethodSettings(beta=0.5),
+    optim=OptimSettings(learning_rate=0.05, schedule="constant"),
+)
+
+
+def train(workdir, **changes):
+    text = io.StringIO()
+    train_and_evaluate(dataclasses.replace(SMALL, **changes), workdir, Console(file=text, width=200))
+    return text.getvalue()
+
+
+def losses(workdir):
+    return [json.loads(line)["train/loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def slices(workdir, pid):
+    events = json.loads((workdir / "trace.json").read_text())["traceEvents"]
+    return [event for event in events if event["ph"] == "X" and event["pid"] == pid]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Of one trajectory: traced and profiled, and not."""
+    folder = tmp_path_factory.mktemp("runs")
+    told = train(folder / "traced", trace=TraceSettings(3, 4), profile=True)
+    train(folder / "plain")
+    return folder, told
+
+
+def test_a_traced_run_is_the_same_run(runs):
+    assert losses(runs[0] / "traced") == losses(runs[0] / "plain")
+
+
+def test_the_files_of_a_window(runs):
+    workdir = runs[0] / "traced"
+    assert (workdir / "trace.png").read_bytes().startswith(b"\x89PNG")
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
+    expected = [
+        (schedules.row(schedules.fdg(2), tick)[k], tick, k) for tick in range(3, 7) for k in range(2)
+    ]  # of fdg, a step is a tick
+    for pid in (0, 1):
+        found = [(e["name"], e["args"]["tick"], e["args"]["stage"]) for e in slices(workdir, pid)]
+        assert found == [(" ".join(map(str, visit)), tick, k) for visit, tick, k in expected]
+    assert not list((runs[0] / "plain").glob("trace*"))
+
+
+def test_the_table_of_a_window(runs):
+    folder, told = runs
+    assert "traced the steps 3 to 6" in told
+    assert f"{folder / 'traced' / 'trace.png'}; " in told
+    assert "whose making slowed the run" in told
+    rows = re.findall(r"^(planned|measured) +(\d) +([\d,]+) +([\d. ]+)$", told, re.MULTILINE)
+    assert [row[:3] for row in rows] == [(name, k, k) for name in ("planned", "measured") for k in "01"]
+    for *_, figures in rows:
+        assert sum(map(float, figures.split())) == pytest.approx(100, abs=0.2)
+
+
+def test_a_window_that_the_run_ends_and_an_engine_without_visits(tmp_path):
+    told = train(tmp_path / "run", trace=TraceSettings(8, 50), engine="fused")
+    assert (
+        "config.engine=fused has no visits to see, so that the trace is the plan alone; --config.profile=true" in told
+    )
+    assert "traced the steps 8 to 9" in told
+    assert len(slices(tmp_path / "run", 0)) == 4
+    assert not slices(tmp_path / "run", 1)
+    assert "measured" not in told
+
+
+def test_a_window_beyond_the_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"first_step=10 is beyond the run, whose steps are 0 to 9; try --config"):
+        train(tmp_path / "run", trace=TraceSettings(10, 1))
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_run_that_goes_on_after_the_window_says_so(tmp_path):
+    class Pipe:
+        engine = "mpmd"
+
+    class Digits:
+        image_shape = (8, 8, 1)
+
+    text = io.StringIO()
+    settings = dataclasses.replace(SMALL, trace=TraceSettings(2, 3))
+    tracing = Tracing(settings, Pipe(), Digits(), tmp_path, Console(file=text, width=200), step=5)
+    assert "goes on at step 5, after the window of config.trace: nothing is traced" in text.getvalue()
+    assert tracing.marks() == []
+    assert tracing.watch(None, 5) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"trace.first_step": -1}, r"config.trace.first_step must be finite and at least 0; got -1"),
+        ({"trace.num_steps": -5}, r"config.trace.num_steps must be finite and at least 0; got -5"),
+        ({"trace.num_steps": 2.5}, r"config.trace.num_steps must be of type int; got 2.5"),
+        ({"profile": True}, r"config.profile=true needs a window of steps; add --config.trace.num_steps=20"),
+    ],
+)
+def test_wrong_settings(changes, words):
+    config = default_config().to_dict()
+    for key, value in changes.items():
+        *above, last = key.split(".")
+        (config[above[0]] if above else config)[last] = value
+    with pytest.raises(ConfigError, match=words):
+        resolve(config)
+
+
+def test_a_run_may_go_on_with_another_window():
+    saved = dataclasses.asdict(SMALL)
+    assert differences(saved, dataclasses.replace(SMALL, trace=TraceSettings(1, 2), profile=True)) == []
+
+
+def test_costs_are_found_again():
+    """Of a plan with fill and drain, in which forwards, backwards and all together occur."""
+    costs = [StageCost(1.0, 2.5, 0.5, activations=2.0), StageCost(3.0, 4.0, cotangents=1.0)]
+    found = stage_costs(planned_timeline(schedules.pipedream(2), costs), 2)
+    assert found[0].forward == pytest.approx(1)
+    assert found[0].backward + found[0].update == pytest.approx(3)
+    assert sum((found[1].forward, found[1].backward, found[1].update)) == pytest.approx(7)
+    assert (found[0].activations, found[1].cotangents) == (2, 1)
+
+
+def test_costs_are_medians_and_never_negative():
+    def box(end, *kinds):
+        return Box(0, 0, 0, tuple(Op(kind, 0) for kind in kinds), 0.0, end)
+
+    (cost,) = stage_costs(Timeline("measured", (box(1, *"BUF"), box(3, *"BUF"), box(99, *"BUF"))), 1)
+    assert cost.seconds((Op("B", 0), Op("U", 0), Op("F", 1))) == pytest.approx(3)
+    (cost,) = stage_costs(Timeline("measured", (box(5, "F"), box(2, "F", "B"))), 1)
+    assert cost.backward == 0
+
+
+@pytest.mark.parametrize("maker", [schedules.fdg, schedules.bp, lambda k: schedules.gpipe(k, 3)])
+@pytest.mark.parametrize("tick", [4, 60, 12_345])
+def test_the_plan_of_a_window_is_the_runs(maker, tick):
+    """Ticks and batches as the schedule has them, also late in a run, whose plan is that of an early window."""
+    schedule = maker(3)
+    costs = [StageCost(1.0, 2.0, activations=0.5, cotangents=0.5)] * 3
+    k, visit = next((k, visit) for k, visit in enumerate(schedules.row(schedule, tick)) if visit)
+    shifted = tuple(op._replace(batch=op.batch + 7) for op in visit)  # of a run that was drained after 7 batches
+    found = planned(schedule, costs, [0, 1, 2], Box(k, k, tick, shifted, 0.0, 0.0), 20)
+    wanted = [
+        (number, k, tuple(op._replace(batch=op.batch + 7) for op in visit))
+        for number in range(tick, tick + 20)
+        for k, visit in enumerate(schedules.row(schedule, number))
+        if visit
+    ]
+    assert [(box.tick, box.stage, box.ops) for box in found.boxes] == wanted
+    assert follows(found, schedule)
+    read = {(box.stage, op) for box in found.boxes for op in box.ops}
+    assert found.messages
+    assert {(message.reader, message.op) for message in found.messages} <= read
+    assert min(box.start for box in found.boxes) == 0
+    for parts in shares(found).values():
+        assert sum(parts) == pytest.approx(100)
+
+
+def test_another_schedule_is_noticed():
+    boxes = planned_timeline(schedules.bp(2), [StageCost(1, 2)] * 2, 3)
+    assert follows(boxes, schedules.bp(2))
+    assert not follows(boxes, schedules.fdg(2))
+
+
+def test_only_what_is_read_in_a_window_is_drawn():
+    timeline = planned_timeline(schedules.fdg(2), [StageCost(1, 2)] * 2, 4)
+    outside = Message(0, 1, Op("F", 9), 0.0, 1.0)
+    assert list(dataclasses.replace(timeline, messages=(outside,)).arrows()) == []
