@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fdg_jax import Pipeline, State, methods, models, softmax_cross_entropy
+from fdg_jax.allocator import keep_memory
 from fdg_jax.engine.mpmd import Mpmd
 
 RESULTS = Path(__file__).parent / "results"
@@ -237,6 +238,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 it was measured, 1 there are fewer devices than stages, 130 Ctrl-C."""
     args, console = parse(argv), Console()
+    keep_memory()  # or times would be of page faults, of which those have most that keep most
     if len(jax.devices()) < args.stages:
         console.print(f"--stages {args.stages} needs as many devices; there are {len(jax.devices())}", soft_wrap=True)
         return 1

@@ -232,7 +232,8 @@ def describe(life: Life, settle_s: float) -> str:
 
 def files_left(workdir: Path) -> dict[str, int]:
     """How many files and folders of each kind a workdir holds, and bytes in all."""
-    known = {"metrics.jsonl": "metrics", "config.json": "config", "params": "params", "lock": "lock"}
+    files = {"metrics.jsonl": "metrics", "config.json": "config", "run.json": "starts"}
+    known = {**files, "params": "params", "lock": "lock"}
     counts: Counter[str] = Counter()
     for path in [*workdir.iterdir(), *(workdir / "checkpoints").glob("*")]:
         if path.name.endswith((PARTIAL, REMOVED)):

@@ -154,8 +154,9 @@ def _writer(workdir: Path, settings: Settings, pipe: Pipeline, step: int, last_s
         if last_step is not None and (workdir / "params").exists():  # of a run that this one carries on
             (workdir / "params").rename(free_name(workdir / f"params_of_step_{step}"))
         replace_text(workdir / "config.json", json.dumps(asdict(settings), indent=2) + "\n")
-        note_start(workdir, pipe.devices)
-        return MetricWriter(workdir, last_step)
+        writer = MetricWriter(workdir, last_step)
+        note_start(workdir, pipe.devices)  # last: a start that fails is none
+        return writer
     except OSError as error:
         raise ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}; choose another") from error
 

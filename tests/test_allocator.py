@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from fdg_jax import allocator, main
+from fdg_jax.console import voices
 
 needs_glibc = pytest.mark.skipif(not allocator._has_glibc(), reason="mallopt is glibc's")
 # Blocks of 64 MiB, written, freed and taken again, on the main thread and on another: faults of the last few rounds.
@@ -76,7 +77,8 @@ def test_a_run_asks_for_it_before_it_starts_threads(monkeypatch):
     order = []
     monkeypatch.setattr(main, "keep_memory", lambda: order.append("kept"))
     monkeypatch.setattr(main, "_ending_at_once", lambda console: order.append("threads") or nullcontext())
-    monkeypatch.setattr(main, "_main", lambda argv, console: 0)
+    monkeypatch.setattr(main, "_voices", lambda: voices("text", quiet=False))
+    monkeypatch.setattr(main, "_main", lambda argv, console, lines: 0)
     assert main.main([]) == 0
     assert order == ["kept", "threads"]
 

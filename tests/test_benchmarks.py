@@ -33,7 +33,9 @@ def compiled_before(monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_run_goes_on_from_its_newest_checkpoint(compiled_before, tmp_path, capsys):
-    arguments = "--minutes 0.01 --save_every_s 0.1 --kill_every_s 1 --settle_s 0 --sample_every_s 0.02"
+    arguments = (
+        "--minutes 0.01 --save_every_s 0.1 --kill_every_s 1 --settle_s 0 --allowed_mib 512 --sample_every_s 0.02"
+    )
     config = "--config experiments/digits.py:smoke"
     folders = ["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "out.json")]
     assert overnight.main([*arguments.split(), *config.split(), *folders]) == 0, capsys.readouterr().out

@@ -289,7 +289,7 @@ def test_one_stage_is_backpropagation():
 def test_what_is_wrong_gets_one_line():
     for arguments, line in (
         ({"kind": "depe"}, "unknown synthesiser 'depe'; did you mean 'deep'"),
-        ({"learning_rate": -1.0}, "learning_rate of the synthesisers must not be negative; got -1.0"),
+        ({"learning_rate": -1.0}, "learning_rate of the synthesisers must be a number and not negative; got -1.0"),
         ({"width": 0}, "width must be a whole number, at least 1; got 0"),
     ):
         with pytest.raises(ValueError, match=line):

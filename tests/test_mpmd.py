@@ -148,7 +148,7 @@ SCHEDULES = [
 def test_rows_are_those_of_the_schedule_and_are_read_once(monkeypatch, schedule_):
     """Filling, in the steady state and draining, with whole groups and incomplete ones."""
     monkeypatch.setattr(mpmd, "Program", lambda worker, k, pattern: SimpleNamespace(k=k, pattern=pattern))
-    plan = SimpleNamespace(schedule=schedule_, last=schedule_.num_stages - 1)
+    plan = SimpleNamespace(schedule=schedule_, last=schedule_.num_stages - 1, takes_older=lambda k, batch: False)
     engine = mpmd.Mpmd(plan, jax.devices()[:1] * schedule_.num_stages)
     engine.workers = defaultdict(lambda: None)
 

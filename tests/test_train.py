@@ -112,6 +112,15 @@ def test_signals_are_handled_during_a_run_only(tmp_path):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+@pytest.fixture
+def interrupts():
+    """Python's own handler, also where a shell began the tests in the background, and deaf to interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_a_first_interrupt_is_collected_and_a_second_acts():
     console = Console(file=io.StringIO(), width=200)
     with _signals(console) as received:
