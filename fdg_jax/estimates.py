@@ -53,7 +53,7 @@ class RunPlan:
 
     Attributes:
         memory: bytes that every device needs at most.
-        device_memory: that it has.
+        device_memory: that it has; None where that is not known.
         batch_seconds: from one batch to the next, once the pipeline is full.
         speed_up: over backpropagation on one device as fast.
         idle: share of the time in which a device waits, of every device.
@@ -65,14 +65,15 @@ class RunPlan:
     cuts: tuple[int, ...]
     stages: tuple[StagePlan, ...]
     memory: tuple[int, ...]
-    device_memory: int
+    device_memory: int | None
     batch_seconds: float
     speed_up: float
     idle: tuple[float, ...]
 
     @property
     def fits(self) -> bool:
-        return max(self.memory) <= self.device_memory
+        """Whether it does, as far as is known."""
+        return self.device_memory is None or max(self.memory) <= self.device_memory
 
     @property
     def image_seconds(self) -> float:
@@ -211,12 +212,12 @@ def _training(layer: Layer) -> Callable:
     return lambda params, inputs, state, key: layer.apply(params, state, inputs, key, True)
 
 
-def memory_here(num_stages: int) -> int:
-    """Bytes that a device of this machine has; CPU devices, one a stage, share the machine's."""
+def memory_here(num_stages: int) -> int | None:
+    """Bytes that a device of this machine has, if it says so; CPU devices, one a stage, share the machine's."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // num_stages
-    return (device.memory_stats() or {}).get("bytes_limit", 0)
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def needed(stages: Sequence[StagePlan], looped: bool) -> tuple[int, ...]:

@@ -64,7 +64,9 @@ def stage_curves(name: str, title: str, groups: Sequence[Group]) -> Picture:
     seconds = [group.median_of("seconds_per_epoch") or 0.0 for group in groups]
     faces = [_colour(group, number) for number, group in enumerate(groups)]
     bars = time.bar(range(len(groups)), seconds, color=faces, width=0.7)
-    time.bar_label(bars, [f"{value:.3g}" if value else "?" for value in seconds], padding=2, fontsize=8, color=INK)
+    time.bar_label(
+        bars, [f"{value:.3g}" if value else "not\nmeasured" for value in seconds], padding=2, fontsize=8, color=INK
+    )
     time.set_xticks(range(len(groups)), [f"K = {group.num_stages}" for group in groups])
     _finish(time, "", "seconds an epoch", seconds)
     _legend(figure, groups)

@@ -63,7 +63,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         nargs="?",
         const="",
         metavar="FOLDER",
-        help="draw the schedule there, as schedule.svg and schedule.png\n(by default plans/ and the experiment's name)",
+        help="draw the schedule there, as schedule.svg and schedule.png\n"
+        "(by default plans/ and the experiment's name); not with --sweep",
     )
     return parser.parse_known_args(list(argv))
 
@@ -74,6 +75,8 @@ def size(text: str) -> int:
     unit = UNITS.get(found[2].upper() if found else "none")
     if not found or not unit or not 0 < float(found[1]) * unit < 2**63:
         raise argparse.ArgumentTypeError(f"must be a size such as 40GiB or 16GB; got {text!r}")
+    if unit == 1 and float(found[1]) < 2**20:  # bytes were not meant
+        raise argparse.ArgumentTypeError(f"must have a unit, such as {text}GiB; got {text!r}, which is in bytes")
     return int(float(found[1]) * unit)
 
 
@@ -93,7 +96,6 @@ def describe(plan: RunPlan, planner: Planner) -> str:
     model, settings = plan.settings.model, plan.settings
     shape = "x".join(map(str, planner.image_shape))
     fullest = max(range(len(plan.memory)), key=plan.memory.__getitem__)
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
     rate = settings.batch_size / plan.batch_seconds if plan.batch_seconds else 0.0
     idle = " ".join(f"{100 * share:.0f} %" for share in plan.idle)
     return "\n\n".join(
@@ -103,13 +105,19 @@ def describe(plan: RunPlan, planner: Planner) -> str:
             show(plan.schedule, min(plots.usual_ticks(plan.schedule), TICKS)),
             columns(stage_rows(plan)),
             f"memory, MiB\n{columns(memory_rows(plan))}",
-            f"{verdict}: device {fullest} needs {gib(plan.memory[fullest])} at most, a device has "
-            f"{gib(plan.device_memory)} ({planner.memory_source})",
+            verdict(plan, f"device {fullest} needs {gib(plan.memory[fullest])} at most", planner.memory_source),
             f"predicted {planner.pace.source}:\n{plan.batch_seconds:.3g} s a batch, {rate:,.0f} images/s, "
             f"{plan.speed_up:.2f} times backpropagation on one device; devices are idle {idle}",
             ESTIMATES,
         )
     )
+
+
+def verdict(plan: RunPlan, need: str, source: str) -> str:
+    """Whether it fits, and into what."""
+    if plan.device_memory is None:
+        return f"{need}; this device does not say how much it has: give --device_memory, as --device_memory=16GiB"
+    return f"{'fits' if plan.fits else 'DOES NOT FIT'}: {need}, a device has {gib(plan.device_memory)} ({source})"
 
 
 def stage_rows(plan: RunPlan) -> list[tuple[str, ...]]:
@@ -136,8 +144,8 @@ def stage_rows(plan: RunPlan) -> list[tuple[str, ...]]:
             f"{stage.forward_flops / 1e9:.4g}",
             f"{stage.backward_flops / 1e9:.4g}",
             mib(stage.sends),
-            f"{stage.delay} ticks",
-            f"{stage.staleness} updates",
+            counted(stage.delay, "tick"),
+            counted(stage.staleness, "update"),
             str(stage.device),
         )
         for k, stage in enumerate(plan.stages)
@@ -161,6 +169,11 @@ def memory_rows(plan: RunPlan) -> list[tuple[str, ...]]:
             )
         )
     return rows
+
+
+def counted(number: int, noun: str) -> str:
+    """Like "1 tick" or "2 ticks"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def mib(size: float) -> str:
@@ -225,6 +238,8 @@ def make_planner(args: argparse.Namespace, settings: Settings, console: Console)
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Prints the plan, and draws it where asked."""
+    if args.sweep and args.out is not None:
+        raise ConfigError("--out draws one schedule, and --sweep plans many; give one of them")
     config = given_config()
     if "methods" in config:
         raise ConfigError(

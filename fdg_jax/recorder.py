@@ -4,8 +4,11 @@ The host must not wait, so threads do: one for the visits of every device, one f
 each other, every one of which waits for its arrays in the order in which they were dispatched. What a device does not
 tell is when a visit begins. It does one at a time and in order, so that a visit begins when the one before it has
 ended, all that it reads has arrived, and the host has dispatched it, whatever comes last.
+
+Where the loop pauses, to log or to evaluate, the clock is stopped: what it shows is cut out of the timeline.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
@@ -64,7 +67,9 @@ class Recorder:
         self._schedule, self._clock, self._wait = schedule, clock, wait
         self._waiters: dict[tuple[int, int], _Waiter] = {}  # from device to device
         self._events: list[_Visit | _Delivery] = []
+        self._pauses: list[tuple[float, float]] = []  # from when to when, in order
         self._first = self._tick = 0
+        self._fresh: float | None = None  # the end of the last pause before the mark
         self._now = clock()
 
     def begin(self, tick: int) -> None:
@@ -85,9 +90,18 @@ class Recorder:
     def mark(self) -> None:
         """The window begins: what was seen before tells only since when devices are free."""
         self._first = len(self._events)
+        self._fresh = self._pauses[-1][1] if self._pauses else None
+
+    def pause(self) -> None:
+        """From now on devices have nothing to do, since the loop is at something else than training."""
+        self._pauses.append((self._clock(), math.inf))
+
+    def resume(self) -> None:
+        """The loop trains again."""
+        self._pauses[-1] = self._pauses[-1][0], self._clock()
 
     def stop(self) -> Timeline:
-        """Waits for all that was dispatched: the timeline since the mark, 0 being the start of its first box.
+        """Waits for all that was dispatched: the timeline since the mark without pauses, 0 its first box's start.
 
         Raises:
             RuntimeError: a computation failed.
@@ -117,6 +131,10 @@ class Recorder:
         self._waiters[lane].queue.put((array, moment))
         return moment
 
+    def _trained(self, seconds: float) -> float:
+        """What a clock would show that is stopped in pauses; a thread may note an end a little into one."""
+        return seconds - sum(max(0.0, min(seconds, end) - begin) for begin, end in self._pauses)
+
     def _timeline(self) -> Timeline:
         free: dict[int, float] = {}  # since when, by device
         sent: dict[int, float] = {}  # by stage, what it sends next
@@ -126,24 +144,25 @@ class Recorder:
         since: dict[int, float] = {}
         for number, event in enumerate(self._events):
             if number == self._first:
-                since = dict(free)
+                fresh = -math.inf if self._fresh is None else self._trained(self._fresh)
+                since = {device: max(end, fresh) for device, end in free.items()}
             if isinstance(event, _Delivery):
                 message = self._message(event, sent)
                 arrived[event.reader, event.op] = max(message.arrived, arrived.get((event.reader, event.op), 0.0))
                 messages += [message] if number >= self._first else []
             else:
-                device, end = self.devices[event.stage], event.end.seconds
+                device, end = self.devices[event.stage], self._trained(event.end.seconds)
                 reads = [arrived.pop((event.stage, op)) for op in event.ops if (event.stage, op) in arrived]
-                start = min(end, max(free.get(device, 0.0), event.dispatched, *reads, 0.0))
+                start = min(end, max(free.get(device, 0.0), self._trained(event.dispatched), *reads))
                 free[device] = sent[event.stage] = end
                 boxes += [Box(event.stage, device, event.tick, event.ops, start, end)] if number >= self._first else []
         return Timeline("measured", tuple(boxes), tuple(messages), since).shifted()
 
     def _message(self, event: _Delivery, sent: dict[int, float]) -> Message:
         """A transfer begins when it is dispatched and what it moves is there; threads may note both in either order."""
-        there = event.dispatched if event.sender is None else sent.get(event.sender, 0.0)
-        arrived = event.arrival.seconds
-        return Message(event.sender, event.reader, event.op, min(arrived, max(there, event.dispatched)), arrived)
+        dispatched, arrived = self._trained(event.dispatched), self._trained(event.arrival.seconds)
+        there = dispatched if event.sender is None else sent.get(event.sender, 0.0)
+        return Message(event.sender, event.reader, event.op, min(arrived, max(there, dispatched)), arrived)
 
 
 class _Waiter:

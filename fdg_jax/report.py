@@ -4,6 +4,7 @@ Nothing on it is typed in: our numbers come from the folders of the runs, the pa
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,12 +17,13 @@ from fdg_jax.plots import save
 from fdg_jax.published import TABLES, TITLES, cells
 from fdg_jax.results import Run, find
 from fdg_jax.sealed import replace_text
-from fdg_jax.tally import Group, Task, by_task, task_of
+from fdg_jax.tally import BY_K, Group, Task, alike, by_task, rest, task_of
 
 OWN_PICTURES = {  # that a run may have drawn itself
     "trace.png": "When each device did what, planned and measured",
     "staleness.png": "Delay, distance, gradient and cosine of every stage",
 }
+DRAWN = re.compile(r"(curves_\d+|betas_\d+_K\d+(_\d+)?|stages_\d+_beta[\de.+-]+(_\d+)?|staleness_\d+)\.png")
 PNG = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"  # with which every such file begins, and ends if it is whole
 
 
@@ -30,7 +32,7 @@ def write(runs: Sequence[Run], out: Path) -> Path:
 
     Args:
         runs: from `results.find`, at least one.
-        out: made where it is missing; files of an earlier report are replaced.
+        out: made where it is missing; files of an earlier report are replaced, its pictures removed.
 
     Returns:
         The page.
@@ -39,6 +41,8 @@ def write(runs: Sequence[Run], out: Path) -> Path:
         OSError: it cannot be written.
     """
     out.mkdir(parents=True, exist_ok=True)
+    for old in [path for path in out.iterdir() if DRAWN.fullmatch(path.name) and path.is_file()]:
+        old.unlink()
     tasks = by_task(runs)
     sections = [section for table in TABLES for section in _published(table, runs)]
     curves = (learning_curves(f"curves_{n}", task.title, own) for n, (task, own) in enumerate(tasks.items()))
@@ -46,7 +50,7 @@ def write(runs: Sequence[Run], out: Path) -> Path:
     sections.append(("Learning curves, as Figure 3", learning))
     compared = [picture for n, (task, own) in enumerate(tasks.items()) for picture in _compared(n, task, own)]
     if compared:
-        sections.append(("Shrinking factors and stages, as Figure 4", _drawn(compared, out)))
+        sections.append(("Shrinking factors and stages, as Figure 4", _mixed(tasks) + _drawn(compared, out)))
     if inside := _drawn(_staleness(runs), out) + _own_pictures(runs):
         sections.append(("Inside single runs", inside))
     sections += [("Runs by method", tables.by_method(tasks)), ("Every run", tables.every_run(runs))]
@@ -78,8 +82,9 @@ def _loud(scale: str, runs: Sequence[Run]) -> str:
     """What runs of less than the papers' task are."""
     ran = sorted({f"{task_of(run).network} on {task_of(run).data}" for run in runs})
     epochs = " or ".join(sorted({str(run.setting("epochs", "?")) for run in runs}))
+    epochs += " epoch" if epochs == "1" else " epochs"
     text = (
-        f"{_count(len(runs), 'run')} of {epochs} epochs ({'; '.join(ran)}) stand in for cells of the papers' tables. "
+        f"{_count(len(runs), 'run')} of {epochs} ({'; '.join(ran)}) stand in for cells of the papers' tables. "
         "Their errors say that everything runs, not whether the papers' figures are met."
     )
     return page.warning(f"Scale {scale}: this is not the papers' task", page.paragraph(text))
@@ -102,17 +107,39 @@ def _separated(tasks: Mapping[Task, object]) -> str:
 def _compared(number: int, task: Task, groups: Sequence[Group]) -> Iterator[Picture]:
     """Bars over betas for every K that has some, and curves over K for every beta that has some."""
     fdg = [group for group in groups if group.method == "fdg"]
-    bp = next((group for group in groups if group.method == "bp"), None)
     for stages in sorted({group.num_stages for group in fdg}):
-        bars, bp_published = _bars(task, [group for group in fdg if group.num_stages == stages])
-        if len(bars) > 1:
-            title = f"{task.title}, K = {stages}"
-            yield beta_bars(f"betas_{number}_K{stages}", title, bars, bp.error if bp else None, bp_published)
+        same_k = [group for group in fdg if group.num_stages == stages]
+        for part, (apart, own) in enumerate(alike(same_k, "method.beta")):
+            bp = _bp_of(own[0], groups)
+            bars, bp_published = _bars(task, own)
+            if len(bars) > 1:
+                name, title = f"betas_{number}_K{stages}{_part(part)}", f"{task.title}, K = {stages}{apart}"
+                yield beta_bars(name, title, bars, bp.error if bp else None, bp_published)
     for beta in sorted({group.beta for group in fdg}, reverse=True):
-        shown = [group for group in fdg if group.beta == beta]
-        if len({group.num_stages for group in shown}) > 1:
-            title = f"{task.title}, beta {beta:g}"
-            yield stage_curves(f"stages_{number}_beta{beta:g}", title, [bp, *shown] if bp else shown)
+        for part, (apart, own) in enumerate(alike([group for group in fdg if group.beta == beta], *BY_K)):
+            bp = _bp_of(own[0], groups)
+            if len({group.num_stages for group in own}) > 1:
+                name, title = f"stages_{number}_beta{beta:g}{_part(part)}", f"{task.title}, beta {beta:g}{apart}"
+                yield stage_curves(name, title, [bp, *own] if bp else own)
+
+
+def _part(number: int) -> str:
+    return f"_{number}" if number else ""
+
+
+def _bp_of(fdg: Group, groups: Sequence[Group]) -> Group | None:
+    """Backpropagation with the other settings of these runs; None where it was not run."""
+    others = rest(fdg, "method.", *BY_K)
+    return next((group for group in groups if group.method == "bp" and rest(group, "method.", *BY_K) == others), None)
+
+
+def _mixed(tasks: Mapping[Task, Sequence[Group]]) -> str:
+    """Says that runs with other settings have figures of their own."""
+    fdg = [[group for group in groups if group.method == "fdg"] for groups in tasks.values()]
+    if all(len(alike(own, "method.beta", *BY_K)) < 2 for own in fdg):
+        return ""
+    text = "Runs that differ in more than beta or K have figures of their own, and BP stands only beside runs like it."
+    return page.paragraph(text)
 
 
 def _bars(task: Task, groups: Sequence[Group]) -> tuple[list[Bar], float | None]:
@@ -167,7 +194,8 @@ def default_out(workdirs: Sequence[str]) -> Path:
     """`report` in the folder that holds the runs: the first that is named, or the one above where that is a run."""
     first = Path(workdirs[0])
     runs = find([first])
-    return (first.parent if runs[0].workdir == first else first) / "report"
+    above = first.parent if first.name not in ("", "..") else first.resolve().parent
+    return (above if runs[0].workdir == first else first) / "report"
 
 
 class _Parser(argparse.ArgumentParser):

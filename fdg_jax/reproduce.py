@@ -26,6 +26,7 @@ from fdg_jax.overview import columns
 from fdg_jax.published import TABLES, TITLES, cells, to_run
 from fdg_jax.report import write
 from fdg_jax.results import find, read
+from fdg_jax.tables import reproduce_leaves_out
 from fdg_jax.tally import Spread, of_cell
 
 HELP = """\
@@ -171,6 +172,8 @@ def _carry_out(table: str, scale: str, workdir: Path, jobs: Sequence[Job], runne
     without = dict.fromkeys(f"{c.network} {c.method} K{c.num_stages}" for c in cells(table) if c.method not in PRESETS)
     if without:
         print(f"not run, since there is no such method here: {', '.join(without)}")
+    if left := reproduce_leaves_out(table):
+        print(left)
     with _signals() as received:
         failed = run_all(jobs, runner, received)
     if received:

@@ -83,9 +83,9 @@ class Run:
 
     @property
     def images_per_second(self) -> float | None:
-        """The median over the logs but the first, in which programs are compiled."""
+        """The median over the logs but the first, in which programs are compiled; None where there is no other."""
         rates = [rate for _, rate in self.curve("train/images_per_s")]
-        return statistics.median(rates[1:] or rates) if rates else None
+        return statistics.median(rates[1:]) if len(rates) > 1 else None
 
     @property
     def seconds_per_epoch(self) -> float | None:
@@ -130,7 +130,8 @@ def find(paths: Iterable[Path | str]) -> list[Run]:
     found: dict[Path, Path] = {}
     for path in map(Path, paths):
         if not path.is_dir():
-            raise ValueError(f"there is no folder {path}; name folders of runs, or ones above them like runs/")
+            wrong = f"{path} is not a folder" if path.exists() else f"there is no folder {path}"
+            raise ValueError(f"{wrong}; name folders of runs, or ones above them like runs/")
         folders = [path] if _is_run(path) else sorted(below for below in path.rglob("*") if _is_run(below))
         if not folders:
             raise ValueError(f"there is no run in {path}: a run has a config.json or a metrics.jsonl; try runs/")

@@ -65,7 +65,10 @@ def _error(group: Group) -> list[str]:
     """Median and spread, or how far it went."""
     if group.error is None:
         epochs = max(run.epochs for run in group.runs)
-        return [page.cell("not finished", "none number"), page.cell(f"{epochs:g} epochs", "none number")]
+        return [
+            page.cell("not finished", "none number"),
+            page.cell(f"{epochs:g} epoch{'' if epochs == 1 else 's'}", "none number"),
+        ]
     spread = f"{group.error.least:.2f} to {group.error.greatest:.2f}"
     return [page.number(group.error.median, kind="number ours"), page.cell(spread, "number")]
 
@@ -96,7 +99,15 @@ def of_times(table: str, runs: Sequence[Run], scale: str | None) -> str:
         (NETWORKS.get(network, network), [_time(place, published[place], groups) for place in own])
         for network, own in groupby(published, key=lambda place: place[0])
     ]
-    return page.table(f"Time{_not_the_task(scale)}", TIMES, bodies) + page.paragraph(TIMES_NOTE, "dim")
+    notes = [TIMES_NOTE, f"{reproduce_leaves_out(table)}."] if reproduce_leaves_out(table) else [TIMES_NOTE]
+    return page.table(f"Time{_not_the_task(scale)}", TIMES, bodies) + page.paragraph(" ".join(notes), "dim")
+
+
+def reproduce_leaves_out(table: str) -> str:
+    """What `fdg_jax.reproduce` does not run of a table: times of networks whose errors are in another; "" for none."""
+    run = {key.network for key in to_run(table)}
+    left = dict.fromkeys(NETWORKS.get(c.network, c.network) for c in cells(table) if c.network not in run)
+    return f"Errors only; times of {' and '.join(left)} are not run by python -m fdg_jax.reproduce" if left else ""
 
 
 def _time(place: tuple[str, str, str, int], published: Sequence[Cell], ours: Mapping[tuple, Group]) -> str:
@@ -104,14 +115,16 @@ def _time(place: tuple[str, str, str, int], published: Sequence[Cell], ours: Map
     group, bp = ours.get(place), ours.get((network, dataset, "bp", 1))
     seconds, base = (own.median_of("seconds_per_epoch") if own else None for own in (group, bp))
     comparable = group and bp and None not in group.device_kinds and group.device_kinds == bp.device_kinds
-    missing = "not a method here" if method == "data_parallel" else "not run"
+    share = 100 * seconds / base if seconds and base and comparable else None
+    missing = "not measured" if group else "not a method here" if method == "data_parallel" else "not run"
+    unmeasured = group and bp and not (seconds and base)
     return page.row(
         [
             page.cell(METHODS.get(method, method)),
             page.number(num_stages, 0),
-            page.number(100 * seconds / base if seconds and base and comparable else None, 1, "number ours"),
+            page.cell("not measured", "none number") if unmeasured else page.number(share, 1, "number ours"),
             page.number(next((cell.percent_of_bp for cell in published if cell.percent_of_bp), None)),
-            page.number(seconds) if group else page.cell(missing, "none number"),
+            page.number(seconds) if seconds else page.cell(missing, "none number"),
             page.number(next((cell.seconds_per_epoch for cell in published if cell.seconds_per_epoch), None), 1),
             page.cell("; ".join(group.hardware) if group else ""),
         ]

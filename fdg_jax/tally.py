@@ -17,6 +17,7 @@ METHODS = {"bp": "BP", "fdg": "FDG", "ddg": "DDG", "dgl": "DGL", "dni": "DNI", "
 NETWORKS = {"wrn28_10": "WRN-28-10"} | {f"resnet{depth}": f"ResNet-{depth}" for depth in (18, 20, 56, 110, 1202)}
 DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 # Settings that change when something is written, not what: runs that differ in them are seeds of one another.
+BY_K = ("num_stages", "cuts", "optim.warmup_epochs")  # the papers' recipe warms up where there are many stages
 ASIDE = ("seed", "log_every", "on_nan", "checkpoint.", "data.path", "trace", "profile", "probe")
 
 
@@ -193,6 +194,22 @@ def _differences(identity: tuple, alike: Sequence[tuple]) -> list[str]:
     """Where the settings of groups with one label are others."""
     common = set.intersection(*map(set, alike))
     return [f"{key} {value}" for key, value in identity if (key, value) not in common] if len(alike) > 1 else []
+
+
+def alike(groups: Iterable[Group], *free: str) -> list[tuple[str, list[Group]]]:
+    """Groups that differ in nothing but settings whose names begin with one of `free`, and what sets each list apart.
+
+    The words begin with a comma, to be put after a title; they are empty where there is one list.
+    """
+    lists: dict[tuple, list[Group]] = defaultdict(list)
+    for group in groups:
+        lists[rest(group, *free)].append(group)
+    return [("".join(f", {word}" for word in _differences(own, list(lists))), lists[own]) for own in lists]
+
+
+def rest(group: Group, *free: str) -> tuple:
+    """All settings of a group but the seed and those whose names begin with one of `free`."""
+    return tuple((key, value) for key, value in _identity(group.runs[0]) if not key.startswith(free))
 
 
 def of_cell(runs: Iterable[Run], key: Key, scale: str | None) -> list[Run]:

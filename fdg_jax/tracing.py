@@ -4,7 +4,8 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise, takewhile
 from pathlib import Path
 from types import TracebackType
@@ -129,12 +130,14 @@ class Tracing:
         self._end = self._first + num_steps
         self._recorder: Recorder | None = None
         self._begun: tuple[int, float] | None = None  # the window: its first step, and when
+        self._pauses: list[tuple[int, float]] = []  # within the window: after how many steps, seconds
         self._over = not num_steps or step >= self._end
         if num_steps and self._over:
             warn(console, f"the run goes on at step {step}, after the window of config.trace: nothing is traced")
         if not self._over and pipe.engine == "fused":
             more = "" if settings.profile else "; --config.profile=true shows what the device does"
-            say(console, f"config.engine=fused has no visits to see, so that the trace is the plan alone{more}")
+            cure = "--config.engine=mpmd measures it"
+            say(console, f"the fused engine has no visits to see, so that the trace is the plan alone; {cure}{more}")
 
     def __enter__(self) -> "Tracing":
         return self
@@ -167,6 +170,25 @@ class Tracing:
         elif step >= self._first - 1:
             self._begin(state, step)
         return time.perf_counter() - before
+
+    @contextmanager
+    def paused(self, state: State, step: int) -> Iterator[None]:
+        """What the loop does within is no training: the window leaves it out. Waits for the state of the run before."""
+        recorder = self._recorder
+        if self._over or not (recorder or self._begun):
+            yield
+            return
+        jax.block_until_ready(state)
+        before = time.perf_counter()
+        if recorder:
+            recorder.pause()
+        try:
+            yield
+        finally:
+            if recorder:
+                recorder.resume()
+            if self._begun:
+                self._pauses.append((step, time.perf_counter() - before))
 
     def _begin(self, state: State, step: int) -> None:
         """A step before the window the recorder begins, to know since when devices are free."""
@@ -201,7 +223,7 @@ class Tracing:
                 recorder.abandon()
             return
         jax.block_until_ready(state)
-        seconds = time.perf_counter() - begun[1]
+        seconds = time.perf_counter() - begun[1] - sum(each for _, each in self._pauses)
         try:
             if self._profiles:
                 jax.profiler.stop_trace()
@@ -237,11 +259,19 @@ class Tracing:
         save(draw(timelines), self._workdir / "trace.png")
 
     def _tell(self, timelines: Sequence[Timeline], first: int, end: int) -> None:
-        say(self._console, f"traced the steps {first} to {end - 1}; where the time of every device goes, in percent:")
+        steps = f"the steps {first} to {end - 1}{left_out([pause for pause in self._pauses if pause[0] < end])}"
+        say(self._console, f"traced {steps}; where the time of every device goes, in percent:")
         say(self._console, table(timelines))
         files = [self._workdir / name for name in ("trace.png", "trace.json")]
         more = f"; {self._workdir / 'profile'}, whose making slowed the run" if self._profiles else ""
         say(self._console, f"{files[0]}; {files[1]}, for https://ui.perfetto.dev{more}")
+
+
+def left_out(pauses: Sequence[tuple[int, float]]) -> str:
+    """Words for pauses within a window, of which each has its step and seconds: those of one step are one."""
+    num = len({step for step, _ in pauses})
+    seconds = sum(each for _, each in pauses)
+    return f" without {num} pause{'s' if num > 1 else ''} of {seconds:.2f} s in all" if num else ""
 
 
 def table(timelines: Sequence[Timeline]) -> str:

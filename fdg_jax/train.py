@@ -78,20 +78,20 @@ def train_and_evaluate(settings: Settings, workdir: Path, console: Console, line
             checkpoints.sweep()
         found = find(settings, workdir, checkpoints, console) if there else None
         pipe, source, state, progress, line = begin(settings, found, console)
+        if done := _done(settings, pipe, source, workdir, progress, found.differences if found else ()):
+            return done
+        num_steps = settings.epochs * source.steps_per_epoch(settings.batch_size)
+        check_window(settings, num_steps)
         if not there:
             stack.enter_context(_owned(workdir, console))
             if found is None and find(settings, workdir, checkpoints, console):
                 raise ConfigError(f"another run has begun in {workdir} meanwhile: try again")
-        if done := _done(settings, pipe, source, workdir, progress, found.differences if found else ()):
-            return done
-        check_window(settings, settings.epochs * source.steps_per_epoch(settings.batch_size))
         if line:
             say(console, line)
         writer = stack.enter_context(
             closing(_writer(workdir, settings, pipe, progress.step, _last_written(progress) if found else None))
         )
         balance = announce(settings, pipe, source, workdir, console, lines, progress.step)
-        num_steps = settings.epochs * source.steps_per_epoch(settings.batch_size)
         display = RunDisplay(num_steps, settings.epochs, console, progress.step, lines, balance)
         received = stack.enter_context(_signals(console))
         try:
@@ -252,17 +252,20 @@ class _Run:
         epoch_ends = step % self.per_epoch == 0
         is_best = False
         if epoch_ends or step % self.settings.log_every_steps == 0:
-            jax.block_until_ready(state)  # the one place where the loop waits for the devices
+            jax.block_until_ready(state)  # the one place where a loop that is not traced waits for the devices
             before = self.progress.best_error
-            state = self.log(state, time.perf_counter() - self.last_log_at, epoch_ends, received)
+            with self.tracing.paused(state, step):
+                state = self.log(state, time.perf_counter() - self.last_log_at, epoch_ends, received)
             if received:
                 return state
             is_best = self.progress.best_error != before
         if self.probe and step % self.settings.probe_every_steps == 0:
-            self.measure(state, self.probe)
+            with self.tracing.paused(state, step):
+                self.measure(state, self.probe)
         self.progress = replace(self.progress, logged=True)
         if self.saving.due(step) or (is_best and self.settings.checkpoint.keep_best):
-            self.save(state, error=_test_error(self.progress.metrics) if epoch_ends else None)
+            with self.tracing.paused(state, step):
+                self.save(state, error=_test_error(self.progress.metrics) if epoch_ends else None)
         self.saving.watch()
         return state
 

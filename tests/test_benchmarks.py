@@ -14,9 +14,10 @@ from flax import nnx
 from helpers import assert_trees_close
 from rich.console import Console
 
-from benchmarks import bounded, dispatch, gpu, memory, overnight, plain, saving, simulated, speed
+from benchmarks import bounded, dispatch, gpu, memory, overnight, plain, saving, simulated, speed, tracing
 from benchmarks.interleaved import Side, ratio, rounds
 from fdg_jax import Pipeline, methods, softmax_cross_entropy
+from fdg_jax.config import DataSettings, ModelSettings, Settings
 from fdg_jax.layers import Conv
 from fdg_jax.stage import as_layers
 
@@ -89,6 +90,20 @@ def test_saves_are_measured(tmp_path, capsys):
     assert result["mib"] > 1
     assert result["settings"]["batch_size"] == 64
     assert "median ratio" in capsys.readouterr().out
+
+
+def test_the_cost_of_a_recorder_is_measured(monkeypatch, tmp_path, capsys):
+    small = Settings(batch_size=8, model=ModelSettings(name="mlp", depth=2, width=16), data=DataSettings("digits"))
+    monkeypatch.setitem(tracing.CASES, "digits", lambda folder: small)
+    sizes = "--cases digits --rounds 2 --batches 2"
+    assert tracing.main([*sizes.split(), "--out", str(tmp_path / "out.json")]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())["digits"]
+    assert result["rounds"] == 2
+    assert min(result[f"{turn} ms"] for turn in tracing.TURNS) > 0
+    assert result["ratio"]["of medians"] == pytest.approx(result["with ms"] / result["without ms"])
+    for name in ("ratio", "noise", "cpu", "cpu noise"):
+        assert result[name]["lower quartile"] <= result[name]["upper quartile"]
+    assert "recorded / not: " in capsys.readouterr().out
 
 
 def test_memory_is_measured(tmp_path, capsys):

@@ -4,6 +4,7 @@ import math
 import sys
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from flax import nnx
 from PIL import Image
 
 from benchmarks.predicted import forward_flops
-from fdg_jax import models, plan
+from fdg_jax import estimates, models, plan
 from fdg_jax.alternatives import Remedies, Remedy, cheapest, sweep
 from fdg_jax.build import build, example_images
 from fdg_jax.config import ConfigError, DataSettings, MethodSettings, ModelSettings, Settings, default_config, resolve
@@ -303,6 +304,21 @@ def test_a_row_that_cannot_be_says_why():
     assert not isinstance(rows["bp"], str)
 
 
+def test_memory_that_a_device_does_not_tell_is_not_known(planner, monkeypatch):
+    silent = SimpleNamespace(platform="gpu", device_kind="some", memory_stats=lambda: None)
+    found = planner.plan(MLP)
+    monkeypatch.setattr(jax, "devices", lambda: [silent] * 3)
+    found = replace(found, device_memory=estimates.memory_here(3))
+    assert found.fits
+    text = plan.describe(found, planner)
+    assert "this device does not say how much it has: give --device_memory" in text
+    assert "FIT" not in text
+
+
+def test_one_is_not_plural(planner):
+    assert plan.stage_rows(planner.plan(MLP))[2][7:9] == ("2 ticks", "1 update")
+
+
 IN_PROCESS = pytest.mark.filterwarnings("ignore:.*load_module.*:DeprecationWarning")  # by ml_collections
 ARGUMENTS = [
     "--config=experiments/digits.py",
@@ -373,6 +389,8 @@ def test_the_sweep_prints_a_table(command, planner, monkeypatch):
         ([*ARGUMENTS, "--config.num_stages=9"], "num_stages must lie in 1.."),
         ([*ARGUMENTS, "--config.method.name=fgd"], "unknown method 'fgd'; did you mean 'fdg'?"),
         ([*ARGUMENTS, "--device_memory=12xB"], "must be a size such as 40GiB or 16GB; got '12xB'"),
+        ([*ARGUMENTS, "--device_memory=8"], "must have a unit, such as 8GiB; got '8', which is in bytes"),
+        ([*ARGUMENTS, "--sweep", "--out=x"], "--out draws one schedule, and --sweep plans many"),
         ([*ARGUMENTS, "--flops_per_second=-1"], "must be operations a second, such as 5e12; got '-1'"),
         ([*ARGUMENTS, "--measure", "--flops_per_second=1"], "give one of them"),
         ([*ARGUMENTS, "more"], "unexpected argument 'more'"),
@@ -398,7 +416,9 @@ def test_an_interrupt_ends_it_in_a_line(command, monkeypatch):
     assert command(*ARGUMENTS) == (130, "", "fdg_jax: stopped\n")
 
 
-@pytest.mark.parametrize(("text", "number"), [("40GiB", 40 * 2**30), ("16GB", 16e9), ("1.5 kib", 1536), ("77", 77)])
+@pytest.mark.parametrize(
+    ("text", "number"), [("40GiB", 40 * 2**30), ("16GB", 16e9), ("1.5 kib", 1536), ("2000000", 2e6)]
+)
 def test_sizes(text, number):
     assert plan.size(text) == number
 

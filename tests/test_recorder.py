@@ -12,6 +12,7 @@ from fdg_jax import corrections, methods
 from fdg_jax import schedule as schedules
 from fdg_jax.recorder import Recorder
 from fdg_jax.schedule import Op
+from fdg_jax.trace import shares
 
 METHODS = {
     "fdg": methods.fdg(0.5),
@@ -81,6 +82,48 @@ def test_the_window_begins_at_the_mark():
     found = told(*visits[:2], (2, "mark"), visits[2])
     assert [box.ops[0].batch for box in found.boxes] == [3]
     assert found.since == {0: 0.0}  # the one before ended when this one began
+
+
+def trained(early=0.0, late=0.0):
+    """Two stages and their messages; times are of training, and pauses at 2 and at 6 last so many seconds more."""
+
+    def pause(begin, seconds):
+        return [(begin, "pause"), (begin + seconds, "resume")] if seconds else []
+
+    first, second = 2 + early, 6 + early + late  # when the two ticks of the window are dispatched
+    noted = 2.5 if early else 2.0  # by a thread that is late, when the pause has begun
+    return told(
+        (0, "begin", 0),
+        (0, "visit", 0, (Op("F", 0),), 1.0),
+        (0, "visit", 1, (Op("F", 9),), noted),
+        *pause(2, early),
+        (first, "mark"),
+        (first, "begin", 1),
+        (first, "deliver", {("inputs", 1, 0): early + 3}),
+        (first, "visit", 0, (Op("F", 1),), early + 4),
+        (first, "visit", 1, (Op("F", 0), Op("B", 0)), early + 6),
+        *pause(6 + early, late),
+        (second, "begin", 2),
+        (second, "deliver", {("cotangents", 0, 0): second + 1, ("inputs", 1, 1): second + 1}),
+        (second, "visit", 0, (Op("B", 0),), second + 3),
+        (second, "visit", 1, (Op("F", 1), Op("B", 1)), second + 4),
+    )
+
+
+def test_a_pause_in_the_middle_is_cut_out():
+    assert trained(late=90.0) == trained()
+
+
+@pytest.mark.parametrize("late", [0.0, 40.0])
+def test_after_a_pause_the_window_begins_with_its_end(late):
+    """Device 0: 7 s, 4 of compute, 1 of transfer. Device 1: 8 s, 6 of compute, 2 of transfer."""
+    found, wanted = trained(early=90.0, late=late), trained()
+    assert (found.boxes, found.messages) == (wanted.boxes, wanted.messages)
+    assert wanted.since == {0: -1.0, 1: 0.0}  # where there was none, device 0 has waited for a second
+    assert found.since == {0: 0.0, 1: 0.0}
+    parts = shares(found)
+    assert parts[0] == pytest.approx((400 / 7, 100 / 7, 200 / 7 - (75 - 400 / 7), 75 - 400 / 7))
+    assert parts[1] == pytest.approx((75, 25, 0, 0))
 
 
 def test_a_computation_that_fails_is_told():

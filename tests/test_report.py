@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import re
 import shutil
@@ -96,7 +97,7 @@ def test_a_cell_has_median_spread_seeds_paper_and_machine(written):
 def test_a_cell_that_was_not_run_or_not_finished_says_so(written):
     page = written[1]
     assert row(page, "FDG", "0.3", "4") == ["FDG", "0.3", "4", "not run", "", "", "6.14", "", ""]
-    assert row(page, "FDG", "1.0", "4")[3:7] == ["not finished", "1 epochs", "0 of 1", "6.83"]
+    assert row(page, "FDG", "1.0", "4")[3:7] == ["not finished", "1 epoch", "0 of 1", "6.83"]
     assert row(page, "FDG", "0.6", "2")[3] == "not run"
     assert row(page, "FDG", "0.4", "2")[6] == "not printed"
 
@@ -240,9 +241,83 @@ def test_the_command_runs_without_a_display(tmp_path):
     assert (tmp_path / "page" / "index.html").stat().st_size > 10_000
 
 
+def made(folder, method, beta, num_epochs, num_stages=2):
+    stages = num_stages if method == "fdg" else 1
+    name = folder / f"{method}_{beta}_{num_epochs}_{stages}"
+    return make_run(name, tuple(20.0 - 5 * n for n in range(num_epochs)), method, beta, stages)
+
+
+def test_bars_and_curves_hold_runs_that_differ_in_nothing_else(tmp_path):
+    for stages in (2, 3):
+        for beta, epochs in ((0.5, 2), (0.5, 3), (1.0, 2), (1.0, 3)):
+            made(tmp_path, "fdg", beta, epochs, stages)
+    made(tmp_path, "bp", 1.0, 2)
+    made(tmp_path, "bp", 1.0, 4)
+    page = Page(report.write(find([tmp_path]), tmp_path / "report").read_text())
+    bars = [image["alt"] for image in page.images if "values of beta" in image["alt"] and "K = 2" in image["alt"]]
+    assert [alt.count("beta 0.5") for alt in bars] == [1, 1]
+    assert all(("epochs 2" in alt) == alt.endswith("BP 15.00 %.") for alt in bars)
+    assert all(("epochs 3" in alt) == alt.endswith("BP not run.") for alt in bars)
+    curves = [image["alt"] for image in page.images if "number of stages" in image["alt"]]
+    assert len(curves) == 4
+    assert all(("epochs 2" in alt) == ("BP, epochs 2 ends" in alt) for alt in curves)
+    assert not any("epochs 2" in alt and "epochs 3" in alt for alt in curves)
+    assert "differ in more than beta or K have figures of their own" in page.text
+
+
+def test_warm_up_and_cuts_belong_to_the_number_of_stages(tmp_path):
+    """The papers' recipe warms up where K is more than 2."""
+    for stages, warmup in ((1, 0), (2, 0), (3, 3)):
+        folder = made(tmp_path, "fdg" if stages > 1 else "bp", 1.0, 2, stages)
+        settings = json.loads((folder / "config.json").read_text())
+        settings |= {"optim": {"warmup_epochs": warmup}, "cuts": list(range(1, stages))}
+        (folder / "config.json").write_text(json.dumps(settings))
+    page = Page(report.write(find([tmp_path]), tmp_path / "report").read_text())
+    (stages,) = [image["alt"] for image in page.images if "number of stages" in image["alt"]]
+    assert "K = 1 1 s, K = 2 1 s, K = 3 1 s" in stages
+    assert "figures of their own" not in page.text
+
+
+def test_the_papers_cells_are_not_separated(written):
+    assert "figures of their own" not in written[1].text
+
+
+def test_pictures_of_an_earlier_report_are_removed_and_no_others(tmp_path):
+    make_run(tmp_path / "a")
+    out = tmp_path / "report"
+    old = ["curves_7.png", "betas_1_K2.png", "betas_1_K2_1.png", "stages_0_beta0.5.png", "staleness_3.png"]
+    others = ["curves_mine.png", "trace.png", "curves_7.png.txt", "my_curves_7.png"]
+    (out / "below").mkdir(parents=True)
+    for name in (*old, *others, "below/curves_7.png"):
+        (out / name).touch()
+    report.write(find([tmp_path / "a"]), out)
+    assert {path.name for path in out.iterdir()} == {*others, "below", "curves_0.png", "index.html"}
+    assert (out / "below" / "curves_7.png").exists()
+
+
+def test_a_time_of_one_log_is_not_measured(tmp_path):
+    """It is that of compilation."""
+    for method, beta, stages in (("bp", None, 1), ("fdg", 1.0, 2), ("fdg", 1.0, 3)):
+        cell = ("table4", "resnet56", "cifar10", method, beta, stages)
+        make_run(tmp_path / f"{method}{stages}", (9.0,), method, 1.0, stages, cell=cell)
+    page = Page(report.write(find([tmp_path]), tmp_path / "report").read_text())
+    assert ["FDG", "2", "not measured", "60.64", "not measured", "29.6", "2 x H100"] in page.rows
+    assert any(image["alt"].endswith("Seconds an epoch: not measured.") for image in page.images)
+
+
+def test_what_reproduce_leaves_out_is_said(written):
+    assert "Errors only; times of WRN-28-10 are not run by python -m fdg_jax.reproduce." in written[1].text
+
+
+def test_inside_a_run_the_report_lies_beside_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(make_run(tmp_path / "runs" / "a"))
+    assert report.default_out(["."]) == tmp_path / "runs" / "report"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["file"], "file is not a folder; name folders of runs, or ones above them like runs/"),
         (["nowhere"], "there is no folder nowhere; name folders of runs, or ones above them like runs/"),
         (["empty"], "there is no run in empty: a run has a config.json or a metrics.jsonl; try runs/"),
         (["a", "--out", "file/x"], "cannot write to --out=file/x: Not a directory; choose another folder"),

@@ -184,6 +184,7 @@ def test_the_papers_figures_stand_beside_from_their_file(tmp_path, pages, capsys
             assert cell.key != key or cell.error is None or f"{cell.error:.2f} ({cell.reported_by}" in line
     assert "not the papers' task" in told
     assert "no such method here: resnet56 data_parallel K2" in told
+    assert "Errors only; times of WRN-28-10 are not run by python -m fdg_jax.reproduce" in told
 
 
 def test_a_run_that_fails_is_told_at_the_end_and_the_others_run(tmp_path, pages, capsys):

@@ -31,6 +31,12 @@ def test_a_run_is_read_as_it_was_written(tmp_path):
     assert run.setting("method.gamma", "none") == "none"
 
 
+def test_a_single_log_is_that_of_compilation(tmp_path):
+    run = read(make_run(tmp_path / "a", (25.0,)))
+    assert run.images_per_second is None
+    assert run.seconds_per_epoch is None
+
+
 def test_a_line_cut_short_by_a_crash_is_left_out_and_noted(tmp_path):
     folder = make_run(tmp_path / "a", (25.0, 12.5))
     metrics = folder / "metrics.jsonl"

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -83,7 +84,7 @@ def test_the_files_of_a_window(runs):
 
 def test_the_table_of_a_window(runs):
     folder, told = runs
-    assert "traced the steps 3 to 6" in told
+    assert re.search(r"traced the steps 3 to 6 without 3 pauses of \d+\.\d\d s in all; where", told)  # after 4, 5 and 6
     assert f"{folder / 'traced' / 'trace.png'}; " in told
     assert "whose making slowed the run" in told
     rows = re.findall(r"^(planned|measured) +(\d) +([\d,]+) +([\d. ]+)$", told, re.MULTILINE)
@@ -95,9 +96,10 @@ def test_the_table_of_a_window(runs):
 def test_a_window_that_the_run_ends_and_an_engine_without_visits(tmp_path):
     told = train(tmp_path / "run", trace=TraceSettings(8, 50), engine="fused")
     assert (
-        "config.engine=fused has no visits to see, so that the trace is the plan alone; --config.profile=true" in told
+        "the fused engine has no visits to see, so that the trace is the plan alone; --config.engine=mpmd measures it; "
+        "--config.profile=true" in told
     )
-    assert "traced the steps 8 to 9" in told
+    assert "traced the steps 8 to 9; where" in told
     assert len(slices(tmp_path / "run", 0)) == 4
     assert not slices(tmp_path / "run", 1)
     assert "measured" not in told
@@ -106,7 +108,7 @@ def test_a_window_that_the_run_ends_and_an_engine_without_visits(tmp_path):
 def test_a_window_beyond_the_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"first_step=10 is beyond the run, whose steps are 0 to 9; try --config"):
         train(tmp_path / "run", trace=TraceSettings(10, 1))
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_goes_on_after_the_window_says_so(tmp_path):
@@ -122,6 +124,32 @@ def test_a_run_that_goes_on_after_the_window_says_so(tmp_path):
     assert "goes on at step 5, after the window of config.trace: nothing is traced" in text.getvalue()
     assert tracing.marks() == []
     assert tracing.watch(None, 5) == 0
+
+
+def test_the_time_of_a_fused_window_is_without_pauses(monkeypatch, tmp_path):
+    """Of 3 steps of 1 s, after each of which the loop pauses: the last of these comes after the window."""
+
+    class Pipe:
+        engine = "fused"
+
+    class Digits:
+        image_shape = (8, 8, 1)
+
+    now, found, text = [0.0], [], io.StringIO()
+    monkeypatch.setattr("fdg_jax.tracing.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(Tracing, "_guessed", lambda self, *arguments: found.append(arguments))
+    monkeypatch.setattr(Tracing, "_write", lambda self, timelines: None)
+    monkeypatch.setattr("fdg_jax.tracing.table", lambda timelines: "")
+    settings = dataclasses.replace(SMALL, trace=TraceSettings(2, 3))
+    tracing = Tracing(settings, Pipe(), Digits(), tmp_path, Console(file=text, width=200), step=0)
+    for step in range(6):
+        tracing.watch(None, step)
+        now[0] += 1
+        for _ in range(2):  # it logs, then it saves
+            with tracing.paused(None, step + 1):
+                now[0] += 10
+    assert found == [(3.0, 2, 5)]
+    assert "the steps 2 to 4 without 2 pauses of 40.00 s in all; where" in text.getvalue()
 
 
 @pytest.mark.parametrize(
