@@ -127,7 +127,7 @@ def ramp(count):
 
 def step(count):
     """Of updates, not of batches."""
-    return jnp.where(count < 2, 0.25, 0.75)
+    return jnp.where(count < 3, 0.25, 0.75)
 
 
 FORWARD_FIRST = equations.fdg("forward_first")

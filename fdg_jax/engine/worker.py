@@ -307,7 +307,8 @@ class Worker:
         """
         forwarded, answered, group = own.counts[0], own.counts[1], self._plan.schedule.group
         begun = own.accumulated["number"].astype(answered.dtype) if self._accumulates else 0
-        return (answered - begun) // group, (forwarded - answered + begun) // group
+        # Rounded up: the last group before a drain may have been incomplete, and was an update none the less.
+        return (answered - begun + group - 1) // group, (forwarded - answered + begun) // group
 
     def _backward(
         self, own: StageState, memo: Memo, arrival: Arrival, departure: Departure
