@@ -10,6 +10,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 from processes import FORKSERVER, LONG, Life
@@ -18,6 +19,7 @@ from rich.console import Console
 from fdg_jax.config import ConfigError, Settings
 from fdg_jax.lock import Locked, is_locked, locked
 from fdg_jax.main import default_workdir
+from fdg_jax.resume import Progress
 from fdg_jax.saving import RunFailed
 from fdg_jax.train import train_and_evaluate
 
@@ -247,7 +249,7 @@ def test_a_folder_that_another_run_filled_while_this_one_was_built_is_left_alone
     def build_slowly(*args):
         workdir.mkdir()
         (workdir / name).write_text(text)
-        return (None,) * 5
+        return None, SimpleNamespace(steps_per_epoch=lambda batch_size: 1), None, Progress(), None
 
     monkeypatch.setattr("fdg_jax.train.begin", build_slowly)
     with pytest.raises(ConfigError, match=message):
