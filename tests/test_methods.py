@@ -522,6 +522,20 @@ def test_a_compensated_gradient_that_overflows_is_dropped():
     assert pipe.faults(state)[0] == Fault(1, 3)
 
 
+def test_batches_of_one_example_take_the_steps_of_batches_that_repeat_it():
+    """Pipelined backpropagation is meant for batch size 1; the loss is a mean, so that copies change nothing."""
+    method = methods.pipelined_bp(corrections=(SpikeCompensation(), LinearPrediction()))
+    ends = []
+    for copies in (1, 4):
+        given = [(np.repeat(x[:1], copies, 0), np.repeat(y[:1], copies, 0)) for x, y in batches()]
+        pipe = make(method)
+        state = pipe.init(jax.random.key(0), given[0][0])
+        for batch in given:
+            state, _ = pipe.step(state, batch)
+        ends.append(pipe.params(pipe.drain(state)[0]))
+    assert_trees_close(ends[1], ends[0], 1e-6)
+
+
 # What is refused
 
 
