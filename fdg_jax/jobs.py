@@ -19,12 +19,13 @@ import numpy as np
 
 from fdg_jax.config import Settings
 from fdg_jax.methods import PRESETS
-from fdg_jax.published import TABLES, Key, to_run
+from fdg_jax.published import TABLES, Key, to_run, to_time
 from fdg_jax.sealed import replace_text
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 RECIPE = Settings()  # its epochs and milestones are the papers'
 WARMUP_EPOCHS = 3  # of ResNet-110, and with more than two stages
+TIMED_EPOCHS = 2  # of a run for its time alone: a few hundred batches after those that compile
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
@@ -40,13 +41,14 @@ SCALES = {"smoke": Scale(12, "0"), "short": Scale(24, "0,1,2"), "full": Scale(RE
 
 @dataclass(frozen=True)
 class Job:
-    """A run of a cell; `key` has the table in whose folder it lies."""
+    """A run of a cell, for its error or, `timed`, for its time alone; `key` has the table in whose folder it lies."""
 
     key: Key
     scale: str
     seed: int
     folder: Path
     command: tuple[str, ...]
+    timed: bool = False
 
     def __str__(self) -> str:
         return f"{self.folder.parent.name}, seed {self.seed}"
@@ -67,7 +69,8 @@ class Job:
             OSError: it cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        cell = {**self.key._asdict(), "scale": self.scale, "seed": self.seed, "command": self.typed}
+        cell = {**self.key._asdict(), "scale": self.scale, "seed": self.seed, "timed": self.timed}
+        cell["command"] = self.typed
         replace_text(self.folder / "cell.json", json.dumps(cell, indent=2) + "\n")
 
     def tidy(self) -> None:
@@ -79,7 +82,7 @@ Runner = Callable[[Job, list[int]], str | None]  # of a job and the signals rece
 
 
 def make_jobs(table: str, scale: str, seeds: Sequence[int], workdir: Path, data: dict[str, str]) -> list[Job]:
-    """A job a cell and seed, in the table's order.
+    """A job a cell and seed, in the table's order, then one a place that wants its time alone, of the first seed.
 
     Args:
         table: one of `published.TABLES`.
@@ -100,6 +103,9 @@ def make_jobs(table: str, scale: str, seeds: Sequence[int], workdir: Path, data:
         for seed in seeds:
             own = folder / f"seed{seed}"
             jobs.append(Job(home, scale, seed, own, _command(key, scale, seed, own, data)))
+    for key in [key for key in to_time(table) if key.method in PRESETS]:
+        own = workdir / table / f"{name_of(key)}_time" / f"seed{seeds[0]}"
+        jobs.append(Job(key, scale, seeds[0], own, _command(key, scale, seeds[0], own, data, True), True))
     return jobs
 
 
@@ -116,7 +122,9 @@ def _home(workdir: Path, key: Key) -> Path:
     return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
-def _command(key: Key, scale: str, seed: int, folder: Path, data: dict[str, str]) -> tuple[str, ...]:
+def _command(
+    key: Key, scale: str, seed: int, folder: Path, data: dict[str, str], timed: bool = False
+) -> tuple[str, ...]:
     share = SCALES[scale].epochs / RECIPE.epochs
     warms_up = key.network == "resnet110" or key.num_stages > 2
     values = {
@@ -130,8 +138,11 @@ def _command(key: Key, scale: str, seed: int, folder: Path, data: dict[str, str]
     if share < 1:
         milestones = ",".join(f"{round(epoch * share)}" for epoch in RECIPE.optim.milestones)
         values |= {"epochs": f"{SCALES[scale].epochs}", "optim.milestones": milestones}
+    if timed:  # at the first rate throughout, without the steps of a warm-up, which take as long
+        values |= {"epochs": f"{TIMED_EPOCHS}", "optim.warmup_epochs": "0"}
     if scale == "smoke":
-        values |= {"data.limit": "0", "data.flip": "false", "log_every_steps": "50"}  # all of the digits, none mirrored
+        values |= {"data.limit": "0", "data.flip": "false"}  # all of the digits, none mirrored
+        values["log_every_steps"] = "10" if timed else "50"
     changes = (f"--config.{name}={value}" for name, value in (values | data).items())
     main = (sys.executable, "-m", "fdg_jax.main", f"--config={_experiment(key, scale)}", f"--workdir={folder}")
     return (*main, *changes)

@@ -96,6 +96,21 @@ def to_run(table: str) -> list[Key]:
     return list(dict.fromkeys(cell.key for cell in cells(table) if not cell.is_time))
 
 
+def to_time(table: str) -> list[Key]:
+    """The places of a table of which a time is published and no error: runs for their errors do not fill them.
+
+    Raises:
+        ValueError: there is no such table.
+    """
+    trained = {_without_beta(key) for key in to_run(table)}
+    timed = dict.fromkeys(cell.key for cell in cells(table) if cell.is_time)
+    return [key for key in timed if _without_beta(key) not in trained]
+
+
+def _without_beta(key: Key) -> Key:
+    return key._replace(beta=None)
+
+
 def _all() -> Iterator[Cell]:
     text = resources.files("fdg_jax").joinpath("published.json").read_text(encoding="utf-8")
     return (Cell(**cell) for cell in json.loads(text))

@@ -43,7 +43,7 @@ def write(runs: Sequence[Run], out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     for old in [path for path in out.iterdir() if DRAWN.fullmatch(path.name) and path.is_file()]:
         old.unlink()
-    tasks = by_task(runs)
+    tasks = by_task(run for run in runs if not run.timed)
     sections = [section for table in TABLES for section in _published(table, runs)]
     curves = (learning_curves(f"curves_{n}", task.title, own) for n, (task, own) in enumerate(tasks.items()))
     learning = _separated(tasks) + _drawn(curves, out, "Nothing was measured yet.")

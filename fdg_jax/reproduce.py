@@ -23,11 +23,10 @@ from fdg_jax.lock import locked
 from fdg_jax.methods import PRESETS
 from fdg_jax.names import check_name
 from fdg_jax.overview import columns
-from fdg_jax.published import TABLES, TITLES, cells, to_run
+from fdg_jax.published import TABLES, TITLES, cells, to_run, to_time
 from fdg_jax.report import write
-from fdg_jax.results import find, read
-from fdg_jax.tables import reproduce_leaves_out
-from fdg_jax.tally import Spread, of_cell
+from fdg_jax.results import Run, find, read
+from fdg_jax.tally import Place, Spread, by_place, of_cell
 
 HELP = """\
 Scales:
@@ -35,6 +34,8 @@ Scales:
          one seed. Its errors say nothing about the papers'. Below 10 minutes and 100 MB on two cores.
   short  the papers' networks on CIFAR, 24 epochs instead of 300, the rate dropping in proportion, three seeds.
   full   the files of experiments/, which are the papers' recipe: 300 epochs, three seeds.
+
+Of a place whose time alone is published (WRN-28-10 in table4), two epochs are run, with the first seed.
 
 Time: short and full want an accelerator; the progress lines estimate what is left, --only and --seeds choose a part.
 The authors report 30 s an epoch for ResNet-56 and 219 s for WRN-28-10 with backpropagation, on hardware they do not
@@ -79,7 +80,7 @@ def run_all(jobs: Sequence[Job], runner: Runner, received: list[int]) -> dict[Jo
         else:
             job.tidy()
             done.append((job.key.network, time.monotonic() - start))
-            print(f"    test error {_error(job):.2f} % after {_hours(done[-1][1])}", flush=True)
+            print(f"    {_outcome(job)} after {_hours(done[-1][1])}", flush=True)
         if received:
             break
     return failed
@@ -93,9 +94,11 @@ def time_left(done: Sequence[tuple[str, float]], waiting: Sequence[str]) -> floa
     return sum(statistics.mean(own[network] or [seconds for _, seconds in done]) for network in waiting)
 
 
-def _error(job: Job) -> float:
-    error = read(job.folder).error
-    return math.nan if error is None else error
+def _outcome(job: Job) -> str:
+    run = read(job.folder)
+    if job.timed:
+        return f"{math.nan if run.seconds_per_epoch is None else run.seconds_per_epoch:.3g} s an epoch"
+    return f"test error {math.nan if run.error is None else run.error:.2f} %"
 
 
 def _hours(seconds: float) -> str:
@@ -103,7 +106,7 @@ def _hours(seconds: float) -> str:
 
 
 def summary(table: str, workdir: Path, scale: str) -> str:
-    """A line a cell: median, least and greatest test error of its finished runs, and the papers'."""
+    """A line a cell: median, least and greatest test error of its finished runs, and the papers'; then times."""
     runs = find([workdir])
     lines: list[tuple[str, ...]] = [("cell", "seeds", "median", "least - greatest", "papers")]
     for key in to_run(table):
@@ -116,7 +119,19 @@ def summary(table: str, workdir: Path, scale: str) -> str:
             ours = (f"{len(errors)}", f"{spread.median:.2f}", f"{spread.least:.2f} - {spread.greatest:.2f}")
         lines.append((name_of(key), *ours, papers))
     note = "" if scale == "full" else ", not the papers' task"
-    return f"{TITLES[table]} (scale {scale}{note}): test error after the last epoch, %\n{columns(lines)}"
+    text = f"{TITLES[table]} (scale {scale}{note}): test error after the last epoch, %\n{columns(lines)}"
+    return f"{text}\n\n{_times(table, runs, scale)}" if to_time(table) else text
+
+
+def _times(table: str, runs: Sequence[Run], scale: str) -> str:
+    """A line a place that is run for its time alone."""
+    groups, lines = by_place(runs, scale), [("cell", "ours", "papers")]
+    for key in [key for key in to_time(table) if key.method in PRESETS]:
+        group = groups.get(Place(key.network, key.dataset, key.method, key.num_stages))
+        seconds = group.median_of("seconds_per_epoch") if group else None
+        papers = ", ".join(f"{cell.seconds_per_epoch:g}" for cell in cells(table) if cell.key == key)
+        lines.append((name_of(key), "not measured" if seconds is None else f"{seconds:.3g}", papers))
+    return f"seconds an epoch, of training alone\n{columns(lines)}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -172,8 +187,6 @@ def _carry_out(table: str, scale: str, workdir: Path, jobs: Sequence[Job], runne
     without = dict.fromkeys(f"{c.network} {c.method} K{c.num_stages}" for c in cells(table) if c.method not in PRESETS)
     if without:
         print(f"not run, since there is no such method here: {', '.join(without)}")
-    if left := reproduce_leaves_out(table):
-        print(left)
     with _signals() as received:
         failed = run_all(jobs, runner, received)
     if received:

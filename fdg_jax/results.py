@@ -29,6 +29,7 @@ class Run:
         starts: of its run.json, an entry a start (see `provenance`); [] where that is not there.
         cell: which cell of the papers it was made for, None where nobody said so.
         scale: of that cell: "smoke", "short" or "full".
+        timed: whether it was made for the cell's time alone, so that its errors say nothing.
         command: that makes this run, as far as is known: of its cell, or as typed at the last start.
         notes: what is missing, in words, for whoever looks at the numbers.
     """
@@ -39,6 +40,7 @@ class Run:
     starts: list[dict[str, Any]] = field(default_factory=list)
     cell: Key | None = None
     scale: str | None = None
+    timed: bool = False
     command: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -148,7 +150,8 @@ def read(workdir: Path) -> Run:
     cell = _json(workdir / "cell.json", dict, notes, "") if (workdir / "cell.json").exists() else {}
     command, scale = cell.get("command") or (starts[-1].get("command") if starts else None), cell.get("scale")
     lines = _lines(workdir / "metrics.jsonl", notes)
-    run = Run(workdir, settings, lines, starts, _key(cell, notes), scale and str(scale), command and str(command))
+    scale, timed, command = scale and str(scale), bool(cell.get("timed")), command and str(command)
+    run = Run(workdir, settings, lines, starts, _key(cell, notes), scale, timed, command)
     if any(None in (line.get("train/loss", 0), line.get("test/loss", 0)) for line in lines):
         notes.append("its loss was not finite at some time")
     if not run.test_error:

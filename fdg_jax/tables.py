@@ -6,7 +6,7 @@ from itertools import groupby
 from fdg_jax import page
 from fdg_jax.published import Cell, Key, cells, to_run
 from fdg_jax.results import Run
-from fdg_jax.tally import METHODS, NETWORKS, Group, Task, distinct, of_cell
+from fdg_jax.tally import METHODS, NETWORKS, Group, Place, Task, by_place, of_cell
 
 # A head that ends in a space stands over numbers.
 CELLS = ("Method", "beta ", "K ", "Ours, % ", "Least to greatest ", "Seeds ", "Paper, % ", "Seconds ", "Hardware")
@@ -85,34 +85,21 @@ def _paper(published: Iterable[Cell]) -> str:
 
 def of_times(table: str, runs: Sequence[Run], scale: str | None) -> str:
     """What an epoch takes, ours beside the papers', for every method and K of which a time is published."""
-    published: dict[tuple[str, str, str, int], list[Cell]] = {}
+    published: dict[Place, list[Cell]] = {}
     for cell in cells(table):
         if cell.is_time:
-            published.setdefault((cell.network, cell.dataset, cell.method, cell.num_stages), []).append(cell)
-    ours: dict[tuple[str, str, str, int], list[Run]] = {}
-    for run in distinct(run for run in runs if run.scale == scale):
-        if run.cell:
-            _, network, dataset, method, _, num_stages = run.cell
-            ours.setdefault((network, dataset, method, num_stages), []).append(run)
-    groups = {place: Group("", tuple(own)) for place, own in ours.items()}
+            published.setdefault(Place(cell.network, cell.dataset, cell.method, cell.num_stages), []).append(cell)
+    groups = by_place(runs, scale)
     bodies = [
         (NETWORKS.get(network, network), [_time(place, published[place], groups) for place in own])
-        for network, own in groupby(published, key=lambda place: place[0])
+        for network, own in groupby(published, key=lambda place: place.network)
     ]
-    notes = [TIMES_NOTE, f"{reproduce_leaves_out(table)}."] if reproduce_leaves_out(table) else [TIMES_NOTE]
-    return page.table(f"Time{_not_the_task(scale)}", TIMES, bodies) + page.paragraph(" ".join(notes), "dim")
+    return page.table(f"Time{_not_the_task(scale)}", TIMES, bodies) + page.paragraph(TIMES_NOTE, "dim")
 
 
-def reproduce_leaves_out(table: str) -> str:
-    """What `fdg_jax.reproduce` does not run of a table: times of networks whose errors are in another; "" for none."""
-    run = {key.network for key in to_run(table)}
-    left = dict.fromkeys(NETWORKS.get(c.network, c.network) for c in cells(table) if c.network not in run)
-    return f"Errors only; times of {' and '.join(left)} are not run by python -m fdg_jax.reproduce" if left else ""
-
-
-def _time(place: tuple[str, str, str, int], published: Sequence[Cell], ours: Mapping[tuple, Group]) -> str:
-    network, dataset, method, num_stages = place
-    group, bp = ours.get(place), ours.get((network, dataset, "bp", 1))
+def _time(place: Place, published: Sequence[Cell], ours: Mapping[Place, Group]) -> str:
+    _, _, method, num_stages = place
+    group, bp = ours.get(place), ours.get(place._replace(method="bp", num_stages=1))
     seconds, base = (own.median_of("seconds_per_epoch") if own else None for own in (group, bp))
     comparable = group and bp and None not in group.device_kinds and group.device_kinds == bp.device_kinds
     share = 100 * seconds / base if seconds and base and comparable else None
@@ -127,7 +114,9 @@ def _time(place: tuple[str, str, str, int], published: Sequence[Cell], ours: Map
             page.number(seconds) if seconds else page.cell(missing, "none number"),
             page.number(next((cell.seconds_per_epoch for cell in published if cell.seconds_per_epoch), None), 1),
             page.cell("; ".join(group.hardware) if group else ""),
-        ]
+        ],
+        group.runs[0].command if group else None,
+        len(TIMES),
     )
 
 

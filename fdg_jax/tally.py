@@ -45,6 +45,15 @@ class Task(NamedTuple):
         return named if self.scale == "full" else f"{named}, scale {self.scale or 'unknown'}: {ran}"
 
 
+class Place(NamedTuple):
+    """What a time depends on, of a `Key`: not on beta, and not on the table."""
+
+    network: str
+    dataset: str
+    method: str
+    num_stages: int
+
+
 class Spread(NamedTuple):
     """Median, least and greatest of some numbers."""
 
@@ -214,8 +223,17 @@ def rest(group: Group, *free: str) -> tuple:
 
 def of_cell(runs: Iterable[Run], key: Key, scale: str | None) -> list[Run]:
     """The runs made for a cell at a scale; where there is none, those made for the same experiment in another table."""
-    alike = [run for run in runs if run.cell and run.cell[1:] == key[1:] and run.scale == scale]
+    alike = [run for run in runs if run.cell and run.cell[1:] == key[1:] and run.scale == scale and not run.timed]
     return distinct([run for run in alike if run.cell == key] or alike)
+
+
+def by_place(runs: Iterable[Run], scale: str | None) -> dict[Place, Group]:
+    """The runs made at a scale for any cell, put together where their times should be equal."""
+    places: dict[Place, list[Run]] = defaultdict(list)
+    for run in runs:
+        if run.cell and run.scale == scale:
+            places[Place(run.cell.network, run.cell.dataset, run.cell.method, run.cell.num_stages)].append(run)
+    return {place: Group("", tuple(distinct(own))) for place, own in places.items()}
 
 
 def distinct(runs: Iterable[Run]) -> list[Run]:

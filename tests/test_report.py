@@ -305,8 +305,21 @@ def test_a_time_of_one_log_is_not_measured(tmp_path):
     assert any(image["alt"].endswith("Seconds an epoch: not measured.") for image in page.images)
 
 
-def test_what_reproduce_leaves_out_is_said(written):
-    assert "Errors only; times of WRN-28-10 are not run by python -m fdg_jax.reproduce." in written[1].text
+def test_a_run_for_its_time_alone_fills_no_cell_of_errors_and_no_curve(tmp_path):
+    for table in ("table2", "table4"):
+        make_run(tmp_path / table, method="bp", num_stages=1, cell=(table, "wrn28_10", "cifar10", "bp", None, 1))
+    cell = tmp_path / "table4" / "cell.json"
+    cell.write_text(json.dumps(json.loads(cell.read_text()) | {"timed": True, "command": "as typed"}))
+    make_run(tmp_path / "cell2", cell=("table2", "wrn28_10", "cifar10", "fdg", 0.7, 2))
+    (tmp_path / "table2" / "metrics.jsonl").unlink()
+    page = Page(report.write(find([tmp_path]), tmp_path / "report").read_text())
+    (bp,) = [row for row in page.rows if len(row) == 9 and row[0] == "BP" and row[3] != "not run"]
+    assert bp[3] == "not finished"
+    time = page.rows.index(["BP", "1", "100.0", DASH, "1.00", "219.1", "1 x H100"])
+    assert page.rows[time + 1] == ["as typed"]
+    (curves,) = [image["alt"] for image in page.images if image["alt"].startswith("Test error and training loss")]
+    assert "FDG" in curves
+    assert "BP" not in curves
 
 
 def test_inside_a_run_the_report_lies_beside_it(tmp_path, monkeypatch):
