@@ -3,10 +3,12 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from fdg_jax import Pipeline, State, methods, models, optim, softmax_cross_entropy
+from fdg_jax.data import Feed
 
 PyTree = Any
 
@@ -50,6 +52,12 @@ def tiny_batches(num: int = 8, shape: tuple[int, ...] = (6,), size: int = 4) -> 
     rng = np.random.default_rng(0)
     labels = [rng.integers(0, 3, size).astype(np.int32) for _ in range(num)]
     return [(rng.normal(size=(size, *shape)).astype(np.float32), y) for y in labels]
+
+
+def feed_of(batches: list) -> Feed:
+    """The batches on the device, over and over."""
+    data = tuple(jnp.asarray(np.stack(each)) for each in zip(*batches, strict=True))
+    return Feed(data, lambda data, i: jax.tree.map(lambda leaf: leaf[i % len(leaf)], data))
 
 
 def make_pipeline(layers: list | None = None, **kwargs: Any) -> Pipeline:

@@ -9,13 +9,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import assert_trees_close, host, in_float64, make_pipeline, tiny_batches, tiny_mlp
+from helpers import assert_trees_close, feed_of, host, in_float64, make_pipeline, tiny_batches, tiny_mlp
 from oracle import Module, hidden_layer, linear_layer
 from oracle_local import Added, deep_synthesiser, dni, linear_synthesiser, mean_square_error
 from test_local import perfect
 
 from fdg_jax import layers, methods, optim, schedule
-from fdg_jax.data import Feed
 from fdg_jax.engine.base import Fault
 from fdg_jax.snapshot import Snapshot
 from fdg_jax.timeline import Link, StageCost, steady
@@ -29,14 +28,6 @@ CLASSES = 3
 def x64():
     with jax.enable_x64(True):
         yield
-
-
-def take(data, i):
-    return jax.tree.map(lambda leaf: leaf[i % len(leaf)], data)
-
-
-def feed_of(batches):
-    return Feed(tuple(jnp.asarray(np.stack(each)) for each in zip(*batches, strict=True)), take)
 
 
 def set_synthesisers(state, phi, learning_rate):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import assert_trees_close, host, make_pipeline, run, tiny_batches, tiny_mlp
+from helpers import assert_trees_close, feed_of, host, make_pipeline, run, tiny_batches, tiny_mlp
 
 from fdg_jax import methods, models
 from fdg_jax.data import Feed, digits
@@ -18,12 +18,7 @@ METHODS = [methods.bp(), *(methods.fdg(0.5, p, o) for p in ("stash", "current", 
 def fresh(num):
     """Batches of a tiny data set, as a list and as a feed."""
     batches = tiny_batches(num)
-    data = tuple(np.stack(each) for each in zip(*batches, strict=True))
-    return batches, Feed(jax.tree.map(jnp.asarray, data), take)
-
-
-def take(data, i):
-    return jax.tree.map(lambda leaf: leaf[i % len(leaf)], data)
+    return batches, feed_of(batches)
 
 
 def small_resnet(dropout=False):
@@ -118,7 +113,7 @@ def test_what_comes_between_two_calls_leaves_them_what_they_are():
     """Predictions, readings of the metrics, draining and filling anew, a batch of NaN that is skipped; remat."""
     batches, _ = fresh(9)
     batches[6][0][:] = np.nan
-    feed = Feed(jax.tree.map(jnp.asarray, tuple(np.stack(each) for each in zip(*batches, strict=True))), take)
+    feed = feed_of(batches)
     ends = []
     for engine in ("mpmd", "fused"):
         pipe = make_pipeline(num_stages=2, engine=engine, remat=("full", "none"), skip_nonfinite=True)

@@ -18,7 +18,7 @@ import optax
 import oracle_methods as equations
 import pytest
 from flax import nnx
-from helpers import assert_trees_close, host, in_float64, make_pipeline, tiny_batches, tiny_mlp
+from helpers import assert_trees_close, feed_of, host, in_float64, make_pipeline, tiny_batches, tiny_mlp
 from oracle_methods import Equations, Stage
 
 from fdg_jax import layers, methods, optim
@@ -31,7 +31,6 @@ from fdg_jax.corrections import (
     SpikeCompensation,
     WeightPrediction,
 )
-from fdg_jax.data import Feed
 from fdg_jax.engine.base import Fault
 from fdg_jax.methods import Method
 from fdg_jax.snapshot import Snapshot
@@ -254,14 +253,6 @@ def begin(pipe):
     return pipe.init(jax.random.key(0), batches()[0][0])
 
 
-def feed():
-    return Feed(jax.tree.map(jnp.asarray, tuple(np.stack(each) for each in zip(*batches(), strict=True))), take)
-
-
-def take(data, i):
-    return jax.tree.map(lambda leaf: leaf[i], data)
-
-
 def vector(trees):
     """Weights, or what an optimizer keeps of their shapes, in the order of the oracle."""
     pairs = [tree.get("linear", tree) for tree in trees]
@@ -319,7 +310,7 @@ def test_the_fused_engine_does_the_same(name):
         pipe = pipeline(name, engine) if name in CASES else make(refreshed.method, 2, engine)
         state = begin(pipe)
         for num in (1, ALL_BATCHES - 1):
-            state, _ = pipe.run(state, feed(), num)
+            state, _ = pipe.run(state, feed_of(batches()), num)
         states.append(in_flight(state))
         state, _ = pipe.drain(state)
         states.append(in_flight(state))

@@ -5,17 +5,15 @@ import json
 from itertools import islice
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_trees_close, host, in_float64, make_pipeline, tiny_batches, tiny_mlp
+from helpers import assert_trees_close, feed_of, host, in_float64, make_pipeline, tiny_batches, tiny_mlp
 from oracle import Module, hidden_layer, linear_layer
 from oracle_local import Added, asynchronous_dgl, linear_head
 
 from fdg_jax import methods, optim
 from fdg_jax.config import ConfigError, default_config, make_method, resolve, resolve_comparison
 from fdg_jax.corrections import LearningRateDamping
-from fdg_jax.data import Feed
 from fdg_jax.engine.base import INPUTS, FirstFault
 from fdg_jax.methods_table import describe
 from fdg_jax.planning import Planner
@@ -140,8 +138,7 @@ def test_a_snapshot_in_flight_goes_on_with_the_same_bits(num_devices):
 def test_many_steps_in_a_call_are_the_steps():
     pipe = pipeline(dgl(2, MIXED))
     state, losses = walked(pipe, begin(pipe), BATCHES)
-    data = tuple(jnp.stack(each) for each in zip(*BATCHES, strict=True))
-    run, metrics = pipe.run(begin(pipe), Feed(data, lambda data, i: jax.tree.map(lambda leaf: leaf[i], data)), 6)
+    run, metrics = pipe.run(begin(pipe), feed_of(BATCHES), 6)
     assert_trees_close(owned(run), owned(state), 0)
     assert metrics["loss"].tolist() == losses
     assert pipe.ticks_per_batch == 2

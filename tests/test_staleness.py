@@ -6,13 +6,12 @@ import signal
 from itertools import pairwise
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import oracle
 import pytest
 from flax import nnx
-from helpers import assert_trees_close, host, make_pipeline, tiny_batches
+from helpers import assert_trees_close, feed_of, host, make_pipeline, tiny_batches
 from PIL import Image
 from rich.console import Console
 
@@ -30,7 +29,6 @@ from fdg_jax.config import (
     resolve,
 )
 from fdg_jax.corrections import SwitchToSynchronous
-from fdg_jax.data import Feed
 from fdg_jax.metrics import read_lines
 from fdg_jax.pipeline import Pipeline
 from fdg_jax.probe import Figures, Probe
@@ -168,8 +166,7 @@ CASES = [
 def test_a_run_does_not_notice_probes(engine, method, expected):
     """Losses and the whole state, in flight and drained, bit for bit; and each batch's own delay and shrinking."""
     pipe, probed = make_pipeline(cuts=CUTS, method=method, engine=engine), {}
-    data = tuple(jnp.asarray(np.stack(each)) for each in zip(*BATCHES, strict=True))
-    feed, probe, ends = Feed(data, take), Probe(pipe), []
+    feed, probe, ends = feed_of(BATCHES), Probe(pipe), []
     for marks in ((0, 4, 5, 8, 12), (0, 12)):
         state, losses = pipe.init(jax.random.key(0), BATCHES[0][0]), []
         for start, end in pairwise(marks):
@@ -186,10 +183,6 @@ def test_a_run_does_not_notice_probes(engine, method, expected):
         assert (own.distance > 0) == (own.delay > 0)
     if method is SWITCH or method.name == "bp":
         assert [(own.delay, own.factor, round(own.cosine, 5)) for own in probed[8]] == [(0, 1, 1)] * 3
-
-
-def take(data, i):
-    return jax.tree.map(lambda leaf: leaf[i], data)
 
 
 # In a run

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_trees_close, host, in_float64, make_pipeline, tiny_batches, tiny_mlp
+from helpers import assert_trees_close, feed_of, host, in_float64, make_pipeline, tiny_batches, tiny_mlp
 from oracle import Module, cross_entropy, fdg, hidden_layer, linear_layer
 
 from fdg_jax import corrections, methods, optim, schedule
@@ -24,7 +24,6 @@ from fdg_jax.corrections import (
     SwitchToSynchronous,
     WeightPrediction,
 )
-from fdg_jax.data import Feed
 from fdg_jax.snapshot import Snapshot
 
 KEY = jax.random.key(0)
@@ -36,14 +35,6 @@ AFTER, NUM = 5, 9
 def x64():
     with jax.enable_x64(True):
         yield
-
-
-def take(data, i):
-    return jax.tree.map(lambda leaf: leaf[i % len(leaf)], data)
-
-
-def feed_of(batches):
-    return Feed(tuple(jnp.asarray(np.stack(each)) for each in zip(*batches, strict=True)), take)
 
 
 def switching(method, after=AFTER):
