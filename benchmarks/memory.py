@@ -18,6 +18,8 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,17 @@ def live_bytes() -> Sizes:
     return sizes
 
 
+@contextmanager
+def settled() -> Iterator[None]:
+    """Collections of garbage pass over what lives by now, so that one a visit costs next to nothing."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def measure(pipe: Pipeline, batches: list[Batch]) -> tuple[State, list[StageMemory]]:
     """A state in which the pipeline is full, and its memory during the last two steps to it.
 
@@ -110,9 +123,10 @@ def measure(pipe: Pipeline, batches: list[Batch]) -> tuple[State, list[StageMemo
     held: Sizes = {}
     for key, watch in watches.items():
         engine.programs[key].compiled = watch
-    for batch in batches[:2]:
-        state, _ = pipe.step(state, batch)  # nobody may refer to an earlier state: its memos would count
-        held = {device: max(held.get(device, 0), size) for device, size in live_bytes().items()}
+    with settled():
+        for batch in batches[:2]:
+            state, _ = pipe.step(state, batch)  # nobody may refer to an earlier state: its memos would count
+            held = {device: max(held.get(device, 0), size) for device, size in live_bytes().items()}
     for key, watch in watches.items():
         engine.programs[key].compiled = watch.compiled
     stages = []
