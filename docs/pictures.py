@@ -74,7 +74,7 @@ def _draw_visit(axes: "Axes", k: int, tick: int, visit: Visit, batch: int, meanw
 def shrunk() -> "Figure":
     """What beta leaves of the error gradient on every stage."""
     stages = 4
-    figure = new_figure(6.5, 2.6)
+    figure = new_figure(7.5, 2.6)
     axes = figure.add_subplot()
     width = 0.8 / len(BETAS)
     for number, beta in enumerate(BETAS):
@@ -82,7 +82,7 @@ def shrunk() -> "Figure":
         factors = [beta ** (stages - 1 - k) for k in range(stages)]
         axes.bar(places, factors, 0.92 * width, color=PALETTE[number], label=f"beta = {beta:g}")
         for place, factor in zip(places, factors, strict=True):
-            axes.text(place, factor + 0.02, f"{factor:.3g}", ha="center", va="bottom", fontsize=8, color=INK)
+            axes.text(place, factor + 0.02, f"{factor:.3g}", ha="center", va="bottom", fontsize=7.5, color=INK)
     axes.set(ylim=(0, 1.1), ylabel="factor of the gradient")
     axes.set_xticks(range(stages), [f"stage {k}" for k in range(stages)])
     axes.yaxis.label.set_color(INK)

@@ -4,7 +4,6 @@ Exit status 2 stands for wrong input.
 """
 
 import re
-import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from fdg_jax.commands import complain
 from fdg_jax.config import COMPARISON_KEYS, CONFIG_KEYS, ConfigError
 from fdg_jax.names import check_name
 
@@ -52,12 +52,6 @@ def config_file() -> str:
 def experiment_name() -> str:
     """Of the experiment's file."""
     return Path(config_file()).stem
-
-
-def complain(reason: object, status: int) -> int:
-    """Says it in a line; returns the exit status."""
-    print(f"fdg_jax: {reason}", file=sys.stderr)
-    return status
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

@@ -26,6 +26,7 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 RECIPE = Settings()  # its epochs and milestones are the papers'
 WARMUP_EPOCHS = 3  # of ResNet-110, and with more than two stages
 TIMED_EPOCHS = 2  # of a run for its time alone: a few hundred batches after those that compile
+SMOKE_EPOCH = 1437 // 64  # batches of the digits
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
@@ -142,7 +143,7 @@ def _command(
         values |= {"epochs": f"{TIMED_EPOCHS}", "optim.warmup_epochs": "0"}
     if scale == "smoke":
         values |= {"data.limit": "0", "data.flip": "false"}  # all of the digits, none mirrored
-        values["log_every_steps"] = "10" if timed else "50"
+        values["log_every_steps"] = f"{SMOKE_EPOCH // 2 if timed else SMOKE_EPOCH}"  # a loss an epoch; some more times
     changes = (f"--config.{name}={value}" for name, value in (values | data).items())
     main = (sys.executable, "-m", "fdg_jax.main", f"--config={_experiment(key, scale)}", f"--workdir={folder}")
     return (*main, *changes)
@@ -193,7 +194,11 @@ def _classes_of(file: Path) -> int:
 
 
 def run_process(job: Job, received: list[int]) -> str | None:
-    """Runs a job to its end and hands on the signals received meanwhile; None, or in a line why it failed."""
+    """Runs a job to its end and hands on the signals received meanwhile; None, or in a line why it failed.
+
+    Raises:
+        ValueError: its input is wrong (exit status 2), as that of the others will be.
+    """
     log = job.folder / "log.txt"
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(job.folder.parents[2] / "compiled"),
@@ -220,7 +225,10 @@ def run_process(job: Job, received: list[int]) -> str | None:
     lines = log.read_bytes()[before:].decode(errors="replace").split("\n")
     spoken = [line for line in lines if line.startswith("fdg_jax: ")] or [line for line in lines if line.strip()]
     how = f"signal {-status}" if status < 0 else f"status {status}"
-    return f"{spoken[-1].removeprefix('fdg_jax: ')} ({how}; {log})" if spoken else f"{how}; {log}"
+    reason = f"{spoken[-1].removeprefix('fdg_jax: ')} ({how}; {log})" if spoken else f"{how}; {log}"
+    if status == 2:
+        raise ValueError(f"{job} is refused: {reason}")
+    return reason
 
 
 def _ended(process: subprocess.Popen) -> int | None:

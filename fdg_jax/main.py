@@ -20,10 +20,11 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from fdg_jax.allocator import keep_memory
+from fdg_jax.commands import complain
 from fdg_jax.compare import compare
 from fdg_jax.config import ConfigError, Settings, resolve, resolve_comparison
 from fdg_jax.console import LOG_FORMATS, JsonLines, describe_metrics, insist, voices
-from fdg_jax.flags import complain, experiment_name, given_config, parse_flags
+from fdg_jax.flags import experiment_name, given_config, parse_flags
 from fdg_jax.resume import goes_on
 from fdg_jax.saving import RunFailed
 from fdg_jax.sealed import free_name

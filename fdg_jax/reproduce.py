@@ -3,7 +3,7 @@
     python -m fdg_jax.reproduce table4 --scale smoke
 
 A run is a process of `python -m fdg_jax.main` with a file of `experiments/`, since devices are made before JAX starts.
-Exit status: 0 done, 1 a run failed, 2 the command is wrong, 130 or 143 stopped by a signal.
+Exit status: 0 done, 1 a run failed, 2 the command or what a run is given is wrong, 130 or 143 stopped by a signal.
 """
 
 import argparse
@@ -16,17 +16,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
 
+from fdg_jax.commands import Parser, complain
 from fdg_jax.jobs import SCALES, Job, Runner, data_keys, make_jobs, name_of, run_process
 from fdg_jax.lock import locked
 from fdg_jax.methods import PRESETS
 from fdg_jax.names import check_name
-from fdg_jax.overview import columns
-from fdg_jax.published import TABLES, TITLES, cells, to_run, to_time
-from fdg_jax.report import write
-from fdg_jax.results import Run, find, read
-from fdg_jax.tally import Place, Spread, by_place, of_cell
+from fdg_jax.published import TABLES, cells, to_run, to_time
+from fdg_jax.report import notes, write
+from fdg_jax.results import find, read
+from fdg_jax.summary import summary
 
 HELP = """\
 Scales:
@@ -36,6 +35,10 @@ Scales:
   full   the files of experiments/, which are the papers' recipe: 300 epochs, three seeds.
 
 Of a place whose time alone is published (WRN-28-10 in table4), two epochs are run, with the first seed.
+
+A late gradient is answered with the weights of its forward, as the papers' theory has it (policy stash). Their released
+code takes those of today: for that, add --config.method.policy=current and another --workdir to a command that
+--dry_run prints; such a run fills no table.
 
 Time: short and full want an accelerator; the progress lines estimate what is left, --only and --seeds choose a part.
 The authors report 30 s an epoch for ResNet-56 and 219 s for WRN-28-10 with backpropagation, on hardware they do not
@@ -54,6 +57,7 @@ def run_all(jobs: Sequence[Job], runner: Runner, received: list[int]) -> dict[Jo
     """Runs what is not finished, until a signal is received; why runs failed, of those that did.
 
     Raises:
+        ValueError: a run refuses what it is given.
         OSError: what must be written cannot be.
     """
     began, failed, done = time.monotonic(), {}, []
@@ -63,7 +67,8 @@ def run_all(jobs: Sequence[Job], runner: Runner, received: list[int]) -> dict[Jo
         if job.finished:
             job.tidy()
             done.append((job.key.network, read(job.folder).seconds or 0.0))
-    print(f"{len(done)} of {len(jobs)} runs are finished already" if done else f"{len(jobs)} runs", flush=True)
+    runs = f"{len(jobs)} run{'' if len(jobs) == 1 else 's'}"
+    print(f"{len(done)} of {runs} finished already" if done else runs, flush=True)
     for number, job in enumerate(waiting):
         start = time.monotonic()
         left = time_left(done, [each.key.network for each in waiting[number:]])
@@ -105,42 +110,8 @@ def _hours(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def summary(table: str, workdir: Path, scale: str) -> str:
-    """A line a cell: median, least and greatest test error of its finished runs, and the papers'; then times."""
-    runs = find([workdir])
-    lines: list[tuple[str, ...]] = [("cell", "seeds", "median", "least - greatest", "papers")]
-    for key in to_run(table):
-        published = [cell for cell in cells(table) if cell.key == key and cell.error is not None]
-        papers = ", ".join(f"{cell.error:.2f} ({cell.reported_by}, {cell.source})" for cell in published)
-        errors = [run.error for run in of_cell(runs, key, scale) if run.finished and run.error is not None]
-        ours = ("0", "not run", "")
-        if errors:
-            spread = Spread.of(errors)
-            ours = (f"{len(errors)}", f"{spread.median:.2f}", f"{spread.least:.2f} - {spread.greatest:.2f}")
-        lines.append((name_of(key), *ours, papers))
-    note = "" if scale == "full" else ", not the papers' task"
-    text = f"{TITLES[table]} (scale {scale}{note}): test error after the last epoch, %\n{columns(lines)}"
-    return f"{text}\n\n{_times(table, runs, scale)}" if to_time(table) else text
-
-
-def _times(table: str, runs: Sequence[Run], scale: str) -> str:
-    """A line a place that is run for its time alone."""
-    groups, lines = by_place(runs, scale), [("cell", "ours", "papers")]
-    for key in [key for key in to_time(table) if key.method in PRESETS]:
-        group = groups.get(Place(key.network, key.dataset, key.method, key.num_stages))
-        seconds = group.median_of("seconds_per_epoch") if group else None
-        papers = ", ".join(f"{cell.seconds_per_epoch:g}" for cell in cells(table) if cell.key == key)
-        lines.append((name_of(key), "not measured" if seconds is None else f"{seconds:.3g}", papers))
-    return f"seconds an epoch, of training alone\n{columns(lines)}"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help explains")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m fdg_jax.reproduce",
         description="Runs the cells of a published table that are not run yet, and writes the report.",
         epilog=HELP,
@@ -154,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", metavar="PATH", help="a folder of images or an .npz file; by default TFDS fetches CIFAR"
     )
-    parser.add_argument("--only", metavar="TEXT", default="", help="cells with this in their name, as resnet20 or _K4")
+    parser.add_argument("--only", metavar="TEXT", default="", help="the cell of this name, or all with it in theirs")
     parser.add_argument("--dry_run", action="store_true", help="print the commands of the runs that are missing")
     return parser
 
@@ -176,11 +147,11 @@ def main(arguments: Sequence[str] | None = None, runner: Runner = run_process) -
         with _held(workdir / asked.table):
             return _carry_out(asked.table, asked.scale, workdir, jobs, runner)
     except ValueError as error:
-        return _complain(error, 2)
+        return complain(error, 2)
     except OSError as error:
-        return _complain(f"{error.filename or 'a file'} cannot be written: {error.strerror}", 1)
+        return complain(f"{error.filename or 'a file'} cannot be written: {error.strerror}", 1)
     except KeyboardInterrupt:
-        return _complain("stopped; the same command goes on", 130)
+        return complain("stopped; the same command goes on", 130)
 
 
 def _carry_out(table: str, scale: str, workdir: Path, jobs: Sequence[Job], runner: Runner) -> int:
@@ -192,10 +163,13 @@ def _carry_out(table: str, scale: str, workdir: Path, jobs: Sequence[Job], runne
     if received:
         return 128 + received[0]
     if any((job.folder / "metrics.jsonl").exists() for job in jobs):
-        print(f"\n{summary(table, workdir, scale)}\n")
-        print(f"report: {write(find([workdir]), workdir / 'report')}")
+        runs = find([workdir])
+        places = {key[1:] for key in (*to_run(table), *to_time(table))}  # of which another table may have the runs
+        noted = notes(run for run in runs if run.cell and run.cell[1:] in places)
+        print("", summary(table, runs, scale), "", *noted, sep="\n")
+        print(f"report: {write(runs, workdir / 'report')}")
     for job, reason in failed.items():
-        _complain(f"{job} failed: {reason}", 1)
+        complain(f"{job} failed: {reason}", 1)
     return int(bool(failed))
 
 
@@ -207,7 +181,8 @@ def _seeds(text: str) -> list[int]:
 
 
 def _chosen(jobs: Sequence[Job], only: str) -> list[Job]:
-    chosen = [job for job in jobs if only in job.folder.parent.name]
+    exact = [job for job in jobs if only in (job.folder.parent.name, name_of(job.key))]
+    chosen = exact or [job for job in jobs if only in job.folder.parent.name]
     if not chosen:
         names = ", ".join(dict.fromkeys(job.folder.parent.name for job in jobs))
         raise ValueError(f"--only={only} is in the name of no cell ({names})")
@@ -244,11 +219,6 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _complain(reason: object, status: int) -> int:
-    print(f"fdg_jax: {reason}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

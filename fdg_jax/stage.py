@@ -203,7 +203,10 @@ def init_layers(layers: Sequence[Layer], key: jax.Array, inputs: PyTree) -> tupl
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             given = describe(shapes[-1])
-            raise ValueError(f"layer {number} ({layer.name}) fails on inputs {given}: {reason}") from error
+            giver = f"layer {number - 1} ({layers[number - 1].name}) returns" if number else "the batch holds"
+            raise ValueError(
+                f"layer {number} ({layer.name}) fails on inputs {given}: {reason.rstrip('.')}; mend it, or what {giver}"
+            ) from error
         params.append(p)
         states.append(s)
         shapes.append(outputs)

@@ -1,7 +1,9 @@
 """The pages under docs/: links lead somewhere, commands are read by what they name, pictures are those of the code."""
 
 import ast
+import functools
 import importlib.util
+import itertools
 import re
 import shlex
 import sys
@@ -13,12 +15,14 @@ import optax
 import pytest
 from flax import nnx
 from helpers import make_pipeline, tiny_batches
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from docs import pictures
 from fdg_jax import Pipeline, methods, models, softmax_cross_entropy
 from fdg_jax.by_name import read_calls
 from fdg_jax.config import default_config, resolve, resolve_comparison
 from fdg_jax.plots import save
+from fdg_jax.published import cells
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -68,15 +72,46 @@ def described(svg):
     return [float(number) for number in size.split()], words, {c: colours.count(c) for c in set(colours)}
 
 
+figure_of = functools.cache(lambda name: pictures.PICTURES[name]())
+
+
 @pytest.mark.parametrize("name", pictures.PICTURES)
 def test_pictures_are_what_the_code_draws_today(name, tmp_path):
-    drawn = save(pictures.PICTURES[name](), tmp_path / name).read_text()
+    drawn = save(figure_of(name), tmp_path / name).read_text()
     (size, words, colours), (size_left, words_left, colours_left) = map(
         described, (drawn, (DOCS / "pictures" / name).read_text())
     )
     assert words == words_left, "draw them again: python -m docs.pictures"
     assert colours == colours_left
     assert size == pytest.approx(size_left, rel=0.01)
+
+
+@pytest.mark.parametrize("name", pictures.PICTURES)
+def test_words_in_pictures_do_not_touch(name):
+    """Nor come close: a line apart where one stands above the other."""
+    canvas = FigureCanvasAgg(figure_of(name))
+    canvas.draw()
+    texts = [text for axes in canvas.figure.axes for text in axes.texts if text.get_text()]
+    boxes = [(text.get_text(), text.get_window_extent(canvas.get_renderer()).expanded(1, 3)) for text in texts]
+    assert not [(one, other) for (one, a), (other, b) in itertools.combinations(boxes, 2) if a.overlaps(b)]
+
+
+def test_the_speed_ups_are_the_papers():
+    """Of `choosing.md` and the README, worked out from `published.json`."""
+    own = [cell for cell in cells("table4") if cell.method in ("bp", "fdg") and cell.is_time]
+    seconds = {(cell.network, cell.num_stages): cell.seconds_per_epoch for cell in own if cell.seconds_per_epoch}
+    shares = {cell.num_stages: cell.percent_of_bp for cell in own if cell.percent_of_bp}
+    rows = {
+        "ResNet-56, speed-up on Tesla K80": {k: 100 / shares[k] for k in (1, 2, 3, 4)},
+        "ResNet-56, speed-up on devices": {k: seconds["resnet56", 1] / seconds["resnet56", k] for k in (1, 2, 3, 4)},
+        "WRN-28-10, speed-up on the same": {k: seconds["wrn28_10", 1] / seconds["wrn28_10", k] for k in (1, 2, 3, 4)},
+    }
+    for head, speed_ups in rows.items():
+        (shown,) = re.findall(rf"^\| {head} [^|]*\|(.*)\|$", PAGES["choosing.md"], re.MULTILINE)
+        words = [f"{speed_up:.2f}".replace("1.00", "1") for speed_up in speed_ups.values()]
+        assert shown.replace(" ", "").split("|") == words
+        if head.startswith("ResNet"):
+            assert "{}, {} and {}".format(*words[1:]) in re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
 
 
 def values_of(config, words):

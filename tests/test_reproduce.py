@@ -21,6 +21,7 @@ from ml_collections import config_flags
 from fdg_jax import jobs as jobs_module
 from fdg_jax import models, reproduce
 from fdg_jax.config import OptimSettings, resolve
+from fdg_jax.data import digits
 from fdg_jax.jobs import SCALES, Job, data_keys, make_jobs, name_of, run_process
 from fdg_jax.published import TABLES, Key, cells, to_run
 
@@ -78,6 +79,7 @@ def test_every_command_trains_its_cell(table, scale):
         warmup = 3 if key.network == "resnet110" or (table == "table4" and key.num_stages > 2) else 0
         if scale == "smoke":
             assert (settings.data.source, settings.data.limit, settings.batch_size) == ("digits", 0, 64)
+            assert settings.log_every_steps == digits().num_train // 64  # a point of the loss curve an epoch
         else:
             assert (settings.data.source, settings.data.name) == ("tfds", key.dataset)
             assert models.published_cuts(name, depth, width, key.num_stages) is not None
@@ -133,8 +135,9 @@ def test_data_of_ones_own_reach_the_command(tmp_path):
 class Fake:
     """A runner that leaves what a run leaves, or fails, or is told to stop."""
 
-    def __init__(self, fails=(), stops_at=None, errors=None):
-        self.fails, self.stops_at, self.errors, self.begun = fails, stops_at, errors or {}, []
+    def __init__(self, fails=(), stops_at=None, errors=None, refuses=()):
+        self.fails, self.stops_at, self.errors, self.refuses = fails, stops_at, errors or {}, refuses
+        self.begun = []
 
     def __call__(self, job: Job, received):
         name = f"{job.folder.parent.name}/{job.seed}"
@@ -146,6 +149,8 @@ class Fake:
             signal.raise_signal(signal.SIGINT)
             assert received == [signal.SIGINT]
             return "stopped"
+        if name in self.refuses:
+            raise ValueError(f"{job} is refused: no such images")
         if name in self.fails:
             return "the loss is nan"
         error = self.errors.get(name, 25.0)
@@ -190,7 +195,7 @@ def test_all_cells_run_with_all_seeds_then_nothing_is_missing(tmp_path, pages, c
     again = Fake()
     assert call(tmp_path, again, "--seeds=0,1,2") == 0
     assert again.begun == []
-    assert "18 of 18 runs are finished already" in capsys.readouterr().out
+    assert "18 of 18 runs finished already" in capsys.readouterr().out
 
 
 def test_the_papers_figures_stand_beside_from_their_file(tmp_path, pages, capsys):
@@ -201,11 +206,11 @@ def test_the_papers_figures_stand_beside_from_their_file(tmp_path, pages, capsys
         assert ("not run" in line) == (key.method != "bp")
         for cell in cells("table4"):
             assert cell.key != key or cell.error is None or f"{cell.error:.2f} ({cell.reported_by}" in line
-    assert "not the papers' task" in told
+    assert told.count("(scale smoke, not the papers' task)") == 2  # errors and times
     assert "no such method here: resnet56 data_parallel K2" in told
     assert "    0.1 s an epoch after 0:00:00\n" in told
     assert re.search(r"^wrn28_10_bp_K1 +0.1 +219.1$", told, re.MULTILINE)
-    assert re.search(r"^wrn28_10_fdg_K3 +not measured +89.6$", told, re.MULTILINE)
+    assert re.search(r"^wrn28_10_fdg_K3 +not run +89.6$", told, re.MULTILINE)
 
 
 def test_a_run_that_fails_is_told_at_the_end_and_the_others_run(tmp_path, pages, capsys):
@@ -219,6 +224,64 @@ def test_a_run_that_fails_is_told_at_the_end_and_the_others_run(tmp_path, pages,
     mended = Fake()
     assert call(tmp_path, mended) == 0
     assert mended.begun == ["resnet20_fdg_beta1_K2/0"]
+
+
+def test_a_run_that_is_refused_ends_it(tmp_path, pages, capsys):
+    refusing = Fake(refuses=("resnet20_fdg_beta1_K2/0",))
+    assert call(tmp_path, refusing) == 2
+    assert refusing.begun == ["resnet20_bp_K1/0", "resnet20_fdg_beta1_K2/0"]
+    assert pages == []
+    assert capsys.readouterr().err == "fdg_jax: resnet20_fdg_beta1_K2, seed 0 is refused: no such images\n"
+
+
+def test_what_finished_runs_have_lost_is_said(tmp_path, pages, capsys):
+    assert call(tmp_path, Fake(), "--seeds=0,1,2", "--only=resnet20_bp_K1") == 0
+    assert "no evaluation" not in capsys.readouterr().out
+    cut = tmp_path / "figure4a" / "resnet20_bp_K1" / "seed1"
+    (cut / "metrics.jsonl").write_text("")
+    for table in ("figure4a", "table2"):  # which share the cell
+        again = Fake()
+        assert call(tmp_path, again, "--seeds=0,1,2", "--only=resnet20_bp_K1", table=table) == 0
+        assert again.begun == []
+        told = capsys.readouterr().out
+        assert re.search(r"^resnet20_bp_K1 +2 of 3 +25.00 ", told, re.MULTILINE)
+        assert f"\n{cut}: it has no evaluation\n" in told
+    assert call(tmp_path, Fake(), "--only=resnet56_bp", table="table3") == 0
+    assert f"{cut}" not in capsys.readouterr().out
+
+
+def test_a_cell_that_is_begun_and_not_finished_says_so(tmp_path, pages, capsys):
+    assert call(tmp_path, Fake(), "--only=resnet20_bp_K1") == 0
+    folder = tmp_path / "figure4a" / "resnet20_bp_K1" / "seed0"
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"epochs": 2}))
+    capsys.readouterr()
+    assert call(tmp_path, Fake(), "--only=resnet20_bp_K1") == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^resnet20_bp_K1 +0 of 1 +not finished", told, re.MULTILINE)
+    assert re.search(r"^resnet20_fdg_beta1_K2 +0 +not run", told, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("table", "only", "names"),
+    [
+        ("figure4a", "resnet20_fdg_beta0.2_K2", ["resnet20_fdg_beta0.2_K2"]),
+        ("table2", "resnet110_fdg_beta1_K2", ["resnet110_fdg_beta1_K2"]),
+        ("table4", "wrn28_10_fdg_K2", ["wrn28_10_fdg_K2_time"]),
+        ("table4", "wrn28_10_bp_K1_time", ["wrn28_10_bp_K1_time"]),
+        ("table4", "fdg_K", [f"wrn28_10_fdg_K{k}_time" for k in (2, 3, 4)]),
+    ],
+)
+def test_only_takes_one_cell_by_its_name_and_several_by_a_part(table, only, names):
+    all_jobs = make_jobs(table, "short", (0,), Path("w"), {})
+    assert [job.folder.parent.name for job in reproduce._chosen(all_jobs, only)] == names
+
+
+def test_the_exact_name_wins_over_longer_ones():
+    (job, *_) = make_jobs("figure4a", "smoke", (0, 1), Path("w"), {})
+    longer = dataclasses.replace(job, key=job.key._replace(num_stages=12), folder=Path("w/resnet20_bp_K12/seed0"))
+    assert reproduce._chosen([job, longer], "resnet20_bp_K1") == [job]
+    assert reproduce._chosen([job, longer], "resnet20_bp_K") == [job, longer]
 
 
 def test_where_all_fail_there_is_no_report(tmp_path, pages, capsys):
@@ -277,7 +340,8 @@ def test_the_estimate_goes_by_the_network():
         (["tabel4"], "unknown table 'tabel4'; did you mean 'table4'"),
         (["table4", "--scale=shrot"], "unknown scale 'shrot'; did you mean 'short' or 'smoke'? (full, short, smoke)"),
         ([], "the following arguments are required: table; --help explains"),
-        (["table4", "--sede=1"], "unrecognized arguments: --sede=1"),
+        (["table4", "--sede=1"], "unknown flag 'sede'; did you mean 'seeds'"),
+        (["table4", "table2"], "unexpected argument 'table2'; --help explains"),
         (["table4", "--seeds=0,0"], "--seeds must be whole numbers, each once, as 0,1,2; got '0,0'"),
         (["table4", "--seeds=a"], "--seeds must be whole numbers"),
         (["table4", "--only=resnet57"], "--only=resnet57 is in the name of no cell (resnet56_bp_K1, "),
@@ -288,7 +352,8 @@ def test_the_estimate_goes_by_the_network():
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(arguments, message, capsys):
-    assert reproduce.main(arguments, Fake()) == 2
+    with pytest.raises(SystemExit, match=r"^2$"):
+        raise SystemExit(reproduce.main(arguments, Fake()))
     out, err = capsys.readouterr()
     assert err.startswith(f"fdg_jax: {message}")
     assert (out, err.count("\n")) == ("", 1)
@@ -329,7 +394,7 @@ def job_of(folder, program):
     ("program", "reason"),
     [
         ("import sys; print('epoch 1'); sys.exit('fdg_jax: the loss is nan')", "the loss is nan (status 1; {log})"),
-        ("import sys; sys.stderr.write('fdg_jax: no\\nlate warning\\n'); sys.exit(2)", "no (status 2; {log})"),
+        ("import sys; sys.stderr.write('fdg_jax: no\\nlate warning\\n'); sys.exit(3)", "no (status 3; {log})"),
         ("raise KeyError('x')", "KeyError: 'x' (status 1; {log})"),
         ("import os; os.kill(os.getpid(), 9)", "signal 9; {log}"),
     ],
@@ -339,6 +404,13 @@ def test_why_a_process_failed_is_its_last_word(tmp_path, program, reason):
     log = job.folder / "log.txt"
     log.write_text("fdg_jax: of an earlier start\n")
     assert run_process(job, []) == reason.format(log=log)
+
+
+def test_a_process_that_refuses_its_input_is_told_apart(tmp_path):
+    job = job_of(tmp_path, "import sys; sys.stderr.write('fdg_jax: there is no folder x\\n'); sys.exit(2)")
+    told = f"cell, seed 0 is refused: there is no folder x (status 2; {job.folder / 'log.txt'})"
+    with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
+        run_process(job, [])
 
 
 def test_a_process_shares_compiled_programs_and_hears_signals(tmp_path):

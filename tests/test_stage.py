@@ -227,8 +227,9 @@ def test_a_pytree_passes_between_layers():
         (
             [tiny_mlp()[0], nnx.Linear(7, 3, rngs=nnx.Rngs(0))],
             ValueError,
-            r"layer 1 \(Linear\) fails on inputs float32\[4,5\]: ",
+            r"layer 1 \(Linear\) fails on inputs float32\[4,5\]: .*; mend it, or what layer 0 \(Hidden\) returns$",
         ),
+        ([nnx.Linear(7, 3, rngs=nnx.Rngs(0))], ValueError, r"layer 0 .*; mend it, or what the batch holds$"),
     ],
 )
 def test_wrong_layers_are_refused(network, error, message):
