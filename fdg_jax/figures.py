@@ -19,6 +19,10 @@ CURVES = {"test_error": "test error, %", "train_loss": "training loss, nats"}
 STYLES = ("-", "--", ":", "-.")  # of the first curves, which have colours of their own, the next as many, ..
 SURPASSES, FALLS_SHORT = "#D55E00", "#56B4E9"  # bars below BP's line, and above it; in the palette of `plots`
 MARKED = 12  # points of a curve up to which each is marked
+MEDIANS = (
+    "Lines are medians over the finished seeds, or over all where none is finished, at epochs that each of them has; "
+    "bands reach from the least to the greatest."
+)
 
 
 class Picture(NamedTuple):
@@ -46,10 +50,10 @@ def learning_curves(name: str, title: str, groups: Sequence[Group]) -> Picture |
     for axes, (curve, label) in zip(figure.subplots(1, 2), CURVES.items(), strict=True):
         for number, group in enumerate(shown):
             _draw_curve(axes, group, curve, number)
-        _finish(axes, "epoch", label, [spread.median for group in shown for _, spread in group.curve(curve)])
+        _finish(axes, "epoch", label, _heights(shown, curve))
     _legend(figure, shown)
     _title(figure, title)
-    caption = f"Learning curves, {title}. Lines are medians over seeds, bands reach from the least to the greatest."
+    caption = f"Learning curves, {title}. {MEDIANS}"
     return Picture(name, figure, f"Test error and training loss against epochs, {title}: {_ends(shown)}.", caption)
 
 
@@ -60,7 +64,7 @@ def stage_curves(name: str, title: str, groups: Sequence[Group]) -> Picture:
     for axes, (curve, label) in zip((error, loss), CURVES.items(), strict=True):
         for number, group in enumerate(groups):
             _draw_curve(axes, group, curve, number)
-        _finish(axes, "epoch", label, [spread.median for group in groups for _, spread in group.curve(curve)])
+        _finish(axes, "epoch", label, _heights(groups, curve))
     seconds = [group.median_of("seconds_per_epoch") or 0.0 for group in groups]
     faces = [_colour(group, number) for number, group in enumerate(groups)]
     bars = time.bar(range(len(groups)), seconds, color=faces, width=0.7)
@@ -74,7 +78,7 @@ def stage_curves(name: str, title: str, groups: Sequence[Group]) -> Picture:
     times = ", ".join(f"K = {g.num_stages} {s:.3g} s" for g, s in zip(groups, seconds, strict=True) if s)
     alt = f"Curves for each number of stages, {title}: {_ends(groups)}. Seconds an epoch: {times or 'not measured'}."
     machines = " / ".join(dict.fromkeys(machine for group in groups for machine in group.hardware))
-    return Picture(name, figure, alt, f"More stages, {title}. Seconds are of training alone, on {machines}.")
+    return Picture(name, figure, alt, f"More stages, {title}. {MEDIANS} Seconds are of training alone, on {machines}.")
 
 
 class Bar(NamedTuple):
@@ -97,6 +101,7 @@ def beta_bars(name: str, title: str, bars: Sequence[Bar], bp: Spread | None, bp_
     if points:
         axes.plot(*zip(*points, strict=True), "D", markersize=6, color="white", mec=INK, label="FDG, paper", zorder=4)
     axes.set_xticks(range(len(bars)), [f"{bar.beta:g}" for bar in bars])
+    axes.set_xlim(-0.6, len(bars) - 0.4)
     heights = [height for bar in bars for height in (*(bar.error or ()), bar.published) if height is not None]
     _finish(axes, "beta", CURVES["test_error"], [*heights, *(bp or ()), bp_published or 0.0])
     if axes.get_legend_handles_labels()[0]:
@@ -129,20 +134,27 @@ def _draw_curve(axes: "Axes", group: Group, name: str, number: int) -> None:
         axes.fill_between(epochs, least, greatest, color=face, alpha=0.15, linewidth=0)
 
 
+def _heights(groups: Sequence[Group], name: str) -> list[float]:
+    """Everything that is drawn of a curve, bands too."""
+    return [value for group in groups for _, spread in group.curve(name) for value in spread]
+
+
 def _colour(group: Group, number: int) -> str:
     """BP is dark, whatever stands beside it."""
     return INK if group.method == "bp" else colour(number)
 
 
 def _draw_bar(axes: "Axes", place: int, bar: Bar, bp: Spread | None) -> None:
-    if bar.error is None:
-        axes.text(place, 0, f" {bar.missing}", rotation=90, ha="center", va="bottom", fontsize=9, color="#59636E")
-        return
-    median, least, greatest = bar.error
-    face = SURPASSES if bp and median < bp.median else FALLS_SHORT
-    whisker = ([median - least], [greatest - median]) if least < greatest else None
-    axes.bar(place, median, width=0.62, color=face, yerr=whisker, ecolor=INK, capsize=4, zorder=2)
-    axes.text(place, median / 2, f"{median:.2f}", ha="center", va="center", fontsize=10, color=ink_on(face), zorder=3)
+    """With its number at the foot, on a ground of its own, for BP's lines cross bars at any height."""
+    text, ink, face, turned = bar.missing, "#59636E", "white", 90
+    if bar.error is not None:
+        median, least, greatest = bar.error
+        face, turned = SURPASSES if bp and median < bp.median else FALLS_SHORT, 0
+        whisker = ([median - least], [greatest - median]) if least < greatest else None
+        axes.bar(place, median, width=0.62, color=face, yerr=whisker, ecolor=INK, capsize=4, zorder=2)
+        text, ink = f"{median:.2f}", ink_on(face)
+    label = axes.annotate(text, (place, 0), (0, 6), textcoords="offset points", ha="center", va="bottom", zorder=5)
+    label.set(rotation=turned, fontsize=9.5, color=ink, bbox={"facecolor": face, "edgecolor": "none", "pad": 1.5})
 
 
 def _finish(axes: "Axes", below: str, beside: str, values: Sequence[float]) -> None:
@@ -190,8 +202,13 @@ def _title(figure: "Figure", title: str) -> None:
 
 
 def _ends(groups: Sequence[Group]) -> str:
-    ends = [(group.label, group.curve("test_error")) for group in groups]
-    return "; ".join(f"{label} ends at {curve[-1][1].median:.2f} %" for label, curve in ends if curve) or "no error yet"
+    ends = [(group, group.curve("test_error")) for group in groups]
+    words = [
+        f"{group.label} {'ends at' if group.finished else 'is so far at'} {curve[-1][1].median:.2f} %"
+        for group, curve in ends
+        if curve
+    ]
+    return "; ".join(words) or "no error yet"
 
 
 def _plain(text: str) -> str:

@@ -33,8 +33,9 @@ tbody tr.first > * { border-top: 1px solid var(--line); }
 tbody th { font-weight: 600; } th.group { padding: .9rem 0 .35rem; font-size: 1rem; }
 .number { text-align: right; white-space: nowrap; } .ours { font-weight: 700; }
 td.none { color: var(--dim); font-style: italic; white-space: nowrap; }
-tr.command td { padding-top: 0; color: var(--dim); } code { font: .8rem/1.4 ui-monospace, "DejaVu Sans Mono", monospace;
-  overflow-wrap: anywhere; }
+tr.below td { padding-top: 0; color: var(--dim); } summary { cursor: pointer; font-size: .8rem; }
+code { display: block; font: .75rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
+code span { display: inline-block; max-width: 100%; overflow-wrap: anywhere; }
 figure { display: inline-block; vertical-align: top; max-width: 100%; margin: 1.2rem 1.5rem 1.2rem 0; }
 figcaption { color: var(--dim); font-size: .9rem; max-width: 33rem; }
 figure img { display: block; max-width: 100%; height: auto; background: #fff; padding: .6rem; border-radius: .4rem;
@@ -42,7 +43,8 @@ figure img { display: block; max-width: 100%; height: auto; background: #fff; pa
 ul { padding-left: 1.2rem; } li { margin: .15rem 0; overflow-wrap: anywhere; }
 @media print { :root { --ink: #000; --dim: #444; --ground: #fff; --line: #bbb; --soft: #fff; --warn: #000;
   --warn-ground: #fff; --link: #000; } body { padding: 0; max-width: none; font-size: 10pt; } nav { display: none; }
-  figure, tr { break-inside: avoid; } h2, caption, th.group { break-after: avoid; } .scroll { overflow: visible; } }
+  figure, tr { break-inside: avoid; } h2, caption, th.group { break-after: avoid; } .scroll { overflow: visible; }
+  details::details-content { content-visibility: visible; height: auto; } summary { display: none; } }
 """.strip()
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -101,10 +103,20 @@ def cell(text: object, kind: str = "") -> str:
     return f'<td class="{kind}">{escape(text)}</td>' if kind else f"<td>{escape(text)}</td>"
 
 
-def row(cells: Iterable[str], command: str | None = None, width: int = 0) -> str:
-    """A row of a table from its cells as HTML, and beneath it a command over `width` columns."""
-    below = f'<tr class="command"><td colspan="{width}"><code>{escape(command)}</code></td></tr>' if command else ""
-    return f'<tr class="first">{"".join(cells)}</tr>{below}\n'
+def command(text: str) -> str:
+    """As typed; a line of it ends between words alone."""
+    return "<code>" + " ".join(f"<span>{escape(word)}</span>" for word in text.split(" ")) + "</code>"
+
+
+def folded(title: str, body: str) -> str:
+    """HTML that opens at a click on its title, and on paper is open."""
+    return f"<details><summary>{escape(title)}</summary>{body}</details>"
+
+
+def row(cells: Iterable[str], below: str = "", width: int = 0) -> str:
+    """A row of a table from its cells, and beneath it something over `width` columns; all as HTML."""
+    more = f'<tr class="below"><td colspan="{width}">{below}</td></tr>' if below else ""
+    return f'<tr class="first">{"".join(cells)}</tr>{more}\n'
 
 
 def table(caption: str, heads: Sequence[str], groups: Iterable[tuple[str, Sequence[str]]]) -> str:

@@ -3,21 +3,20 @@
 Nothing on it is typed in: our numbers come from the folders of the runs, the papers' from `published.json`.
 """
 
-import argparse
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
 
-from fdg_jax import page, staleness, tables
-from fdg_jax.figures import Bar, Picture, beta_bars, learning_curves, stage_curves
+from fdg_jax import comparisons, page, staleness, tables
+from fdg_jax.commands import Parser, complain
+from fdg_jax.figures import Picture, learning_curves
 from fdg_jax.plots import save
 from fdg_jax.published import TABLES, TITLES, cells
 from fdg_jax.results import Run, find
 from fdg_jax.sealed import replace_text
-from fdg_jax.tally import BY_K, Group, Task, alike, by_task, rest, task_of
+from fdg_jax.tally import Group, Task, by_task
 
 OWN_PICTURES = {  # that a run may have drawn itself
     "trace.png": "When each device did what, planned and measured",
@@ -48,7 +47,7 @@ def write(runs: Sequence[Run], out: Path) -> Path:
     curves = (learning_curves(f"curves_{n}", task.title, own) for n, (task, own) in enumerate(tasks.items()))
     learning = _separated(tasks) + _drawn(curves, out, "Nothing was measured yet.")
     sections.append(("Learning curves, as Figure 3", learning))
-    compared = [picture for n, (task, own) in enumerate(tasks.items()) for picture in _compared(n, task, own)]
+    compared = [picture for n, (task, own) in enumerate(tasks.items()) for picture in comparisons.draw(n, task, own)]
     if compared:
         sections.append(("Shrinking factors and stages, as Figure 4", _mixed(tasks) + _drawn(compared, out)))
     if inside := _drawn(_staleness(runs), out) + _own_pictures(runs):
@@ -80,7 +79,7 @@ def notes(runs: Iterable[Run]) -> list[str]:
 
 def _loud(scale: str, runs: Sequence[Run]) -> str:
     """What runs of less than the papers' task are."""
-    ran = sorted({f"{task_of(run).network} on {task_of(run).data}" for run in runs})
+    ran = sorted({task.ran for task in by_task(runs)})
     epochs = " or ".join(sorted({str(run.setting("epochs", "?")) for run in runs}))
     epochs += " epoch" if epochs == "1" else " epochs"
     text = (
@@ -99,62 +98,17 @@ def _published(table: str, runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
 
 
 def _separated(tasks: Mapping[Task, object]) -> str:
-    """Says that runs of different networks are never in one pair of axes."""
-    text = f"The runs are of {len(tasks)} networks or sets of images: each has axes of its own."
+    """Says that runs of different tasks are never in one pair of axes."""
+    text = f"The runs are of {len(tasks)} tasks, a network on a set of images each: every task has axes of its own."
+    if len({task.ran for task in tasks}) < len(tasks):
+        text += " Some ran the same network on the same images, in place of different ones of the papers."
     return page.paragraph(text) if len(tasks) > 1 else ""
-
-
-def _compared(number: int, task: Task, groups: Sequence[Group]) -> Iterator[Picture]:
-    """Bars over betas for every K that has some, and curves over K for every beta that has some."""
-    fdg = [group for group in groups if group.method == "fdg"]
-    for stages in sorted({group.num_stages for group in fdg}):
-        same_k = [group for group in fdg if group.num_stages == stages]
-        for part, (apart, own) in enumerate(alike(same_k, "method.beta")):
-            bp = _bp_of(own[0], groups)
-            bars, bp_published = _bars(task, own)
-            if len(bars) > 1:
-                name, title = f"betas_{number}_K{stages}{_part(part)}", f"{task.title}, K = {stages}{apart}"
-                yield beta_bars(name, title, bars, bp.error if bp else None, bp_published)
-    for beta in sorted({group.beta for group in fdg}, reverse=True):
-        for part, (apart, own) in enumerate(alike([group for group in fdg if group.beta == beta], *BY_K)):
-            bp = _bp_of(own[0], groups)
-            if len({group.num_stages for group in own}) > 1:
-                name, title = f"stages_{number}_beta{beta:g}{_part(part)}", f"{task.title}, beta {beta:g}{apart}"
-                yield stage_curves(name, title, [bp, *own] if bp else own)
-
-
-def _part(number: int) -> str:
-    return f"_{number}" if number else ""
-
-
-def _bp_of(fdg: Group, groups: Sequence[Group]) -> Group | None:
-    """Backpropagation with the other settings of these runs; None where it was not run."""
-    others = rest(fdg, "method.", *BY_K)
-    return next((group for group in groups if group.method == "bp" and rest(group, "method.", *BY_K) == others), None)
 
 
 def _mixed(tasks: Mapping[Task, Sequence[Group]]) -> str:
     """Says that runs with other settings have figures of their own."""
-    fdg = [[group for group in groups if group.method == "fdg"] for groups in tasks.values()]
-    if all(len(alike(own, "method.beta", *BY_K)) < 2 for own in fdg):
-        return ""
     text = "Runs that differ in more than beta or K have figures of their own, and BP stands only beside runs like it."
-    return page.paragraph(text)
-
-
-def _bars(task: Task, groups: Sequence[Group]) -> tuple[list[Bar], float | None]:
-    """Of groups of one K, with those of Figure 4a that were not run; and BP's published error.
-
-    The papers' errors are shown beside runs of their task alone.
-    """
-    alike = [cell for cell in cells("figure4a") if (cell.network, cell.dataset) == task.cell]
-    if groups[0].num_stages not in {cell.num_stages for cell in alike if cell.beta is not None}:
-        alike = []
-    published = {cell.beta: cell.error if task.scale == "full" else None for cell in alike}
-    bp = published.pop(None, None)
-    bars = [Bar(group.beta, group.error, published.pop(group.beta, None), "not finished") for group in groups]
-    bars += [Bar(beta, None, error, "not run") for beta, error in published.items() if beta is not None]
-    return sorted(bars, key=lambda bar: bar.beta), bp
+    return page.paragraph(text) if any(map(comparisons.differ, tasks.values())) else ""
 
 
 def _staleness(runs: Iterable[Run]) -> Iterator[Picture]:
@@ -198,20 +152,14 @@ def default_out(workdirs: Sequence[str]) -> Path:
     return (above if runs[0].workdir == first else first) / "report"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Complains in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        sys.exit(_complain(f"{message}; try python -m fdg_jax.report runs", 2))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the report that the command line asks for; the exit status: 0, or 2 where what is named cannot be used."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m fdg_jax.report",
         description="Learning curves, tables and comparisons of runs on one HTML page, with the papers' figures.",
     )
-    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="a run's folder, or one above runs, like runs/")
+    about = "a run's folder, or one above runs; runs/ by default"
+    parser.add_argument("workdirs", nargs="*", default=["runs"], metavar="WORKDIR", help=about)
     parser.add_argument("--out", help="folder for index.html and its PNGs; by default report/ where the runs are")
     given = parser.parse_args(argv)
     try:
@@ -219,21 +167,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = Path(given.out) if given.out else default_out(given.workdirs)
         path = write(runs, out)
     except ValueError as error:
-        return _complain(error, 2)
+        return complain(error, 2)
     except OSError as error:
         where = error.filename or given.out
-        return _complain(f"cannot write to --out={where}: {error.strerror}; choose another folder", 2)
+        return complain(f"cannot write to --out={where}: {error.strerror}; choose another folder", 2)
     except KeyboardInterrupt:
-        return _complain("stopped; the report is not complete", 130)
+        return complain("stopped; the report is not complete", 130)
     for note in notes(runs):
         print(note)
     print(f"{path}: {_count(len(runs), 'run')}")
     return 0
-
-
-def _complain(reason: object, status: int) -> int:
-    print(f"fdg_jax: {reason}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

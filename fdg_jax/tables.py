@@ -1,48 +1,111 @@
 """The tables of the report: the papers' cells with ours beside, times, runs by method, every run."""
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import groupby
+from typing import TypeVar
 
 from fdg_jax import page
-from fdg_jax.published import Cell, Key, cells, to_run
+from fdg_jax.by_name import own_default
+from fdg_jax.jobs import SCALES, name_of
+from fdg_jax.methods import POLICY
+from fdg_jax.published import TABLES, Cell, Key, cells, to_run, to_time
 from fdg_jax.results import Run
-from fdg_jax.tally import METHODS, NETWORKS, Group, Place, Task, by_place, of_cell
+from fdg_jax.tally import METHODS, NETWORKS, Group, Place, Task, by_place, of_cell, task_of
 
 # A head that ends in a space stands over numbers.
 CELLS = ("Method", "beta ", "K ", "Ours, % ", "Least to greatest ", "Seeds ", "Paper, % ", "Seconds ", "Hardware")
 TIMES = ("Method", "K ", "Ours, % of BP ", "Paper, % of BP ", "Ours, s an epoch ", "Paper, s an epoch ", "Hardware")
 METHOD = ("Method", "Epochs ", "Error, % ", "Least to greatest ", "Seeds ", "Seconds ", "Images/s ", "Hardware")
-RUNS = ("Folder", "Seed ", "Epochs ", "Error, % ", "Seconds ", "Hardware", "Versions")
+RUNS = ("Folder", "Seed ", "Epochs ", "Error, % ", "Seconds ", "Hardware")
 CELLS_NOTE = (
     "Ours is the median over seeds, from the files of the runs; seconds are those of a whole run, the median. The "
     "paper's figures are its authors'; * is what they reran with their recipe, + what they cite, r what only their "
-    "repository prints."
+    "repository prints. The line beneath makes the runs anew, in a folder of their own."
 )
+UNKNOWN = "the command is not known"
+ANSWERS = {
+    "stash": "with the weights that its forward saw",
+    "current": "with activations of its forward and weights of today",
+    "recompute": "with weights of today, on what its forward got",
+}
 TIMES_NOTE = (
     "Of the training alone, without compilation and evaluation, the median over seeds and betas; in percent where BP "
     "ran on devices of the same kind. The paper's percents are of Tesla K80; its seconds, which the repository prints, "
     "are of hardware that it does not name."
 )
 
+P = TypeVar("P", Key, Place)
+
 
 def of_cells(table: str, runs: Sequence[Run], scale: str | None) -> str:
     """A table of the papers with the runs that were made for it at a scale; a cell without any says so."""
-    groups = [(network, [_cell(key, of_cell(runs, key, scale)) for key in own]) for network, own in _networks(table)]
+    ours = {key: of_cell(runs, key, scale) for key in to_run(table)}
+    groups = [(network, [_cell(key, ours[key]) for key in own]) for network, own in _networks(ours)]
     title = f"Top-1 test error after the last epoch{_not_the_task(scale)}"
-    return page.table(title, CELLS, groups) + page.paragraph(CELLS_NOTE, "dim")
+    note = " ".join(filter(None, (CELLS_NOTE, _answers([run for own in ours.values() for run in own]))))
+    return page.table(title, CELLS, groups) + page.paragraph(note, "dim")
 
 
 def _not_the_task(scale: str | None) -> str:
     return "" if scale == "full" else f". SCALE {(scale or 'unknown').upper()}: OURS ARE NOT OF THE PAPERS' TASK"
 
 
-def _networks(table: str) -> Iterator[tuple[str, list[Key]]]:
-    for network, own in groupby(to_run(table), key=lambda key: key.network):
-        yield NETWORKS.get(network, network), list(own)
+def _networks(places: Iterable[P]) -> Iterator[tuple[str, list[P]]]:
+    """The places of every network: by K, BP first and FDG last, its beta falling; else as in the papers."""
+    for network, own in groupby(places, key=lambda place: place.network):
+        rows = sorted(own, key=lambda row: (row.num_stages, row.method == "fdg", -(getattr(row, "beta", None) or 0)))
+        yield NETWORKS.get(network, network), rows
+
+
+def _answers(runs: Iterable[Run]) -> str:
+    """Which weights answered what came late, by the settings of the runs."""
+    used = sorted({policy for run in runs if (policy := _policy(run))})
+    ours = ", or ".join(f"{ANSWERS.get(policy, 'otherwise')} (policy {policy})" for policy in used)
+    theirs = f"in the code that the authors released, {ANSWERS['current']} (as in experiments/as_released.py)"
+    return f"A gradient that comes late is answered {ours}; {theirs}." if used else ""
+
+
+def _policy(run: Run) -> str | None:
+    """None of a method that leaves no choice."""
+    policy = run.setting("method.policy") if run.setting("method.name") in POLICY else None
+    return policy and str(policy)
+
+
+def _unusual(runs: Iterable[Run]) -> set[str]:
+    """Policies that are not the method's own, which `reproduce` takes."""
+    own = {(policy, own_default(run.setting("method.name"), "policy", "")) for run in runs if (policy := _policy(run))}
+    return {policy for policy, default in own if policy != default}
+
+
+def _commands(runs: Iterable[Run]) -> str:
+    """What makes these runs of cells anew, a line a cell."""
+    made: dict[tuple, list[Run]] = {}
+    for run in runs:
+        made.setdefault((run.cell, task_of(run).path), []).append(run)
+    return "".join(page.command(_again(own)) for own in made.values())
+
+
+@cache
+def _known() -> frozenset[Key]:
+    return frozenset(key for table in TABLES for key in (*to_run(table), *to_time(table)))
+
+
+def _again(runs: Sequence[Run]) -> str:
+    """The command for all runs of a cell; that of the first where `reproduce` has no such cell."""
+    key, scale, data = runs[0].cell, runs[0].scale, task_of(runs[0]).path
+    seeds = {run.setting("seed") for run in runs}
+    if key is None or key not in _known() or scale not in SCALES or None in seeds or _unusual(runs):
+        return runs[0].command or UNKNOWN
+    words = ["python", "-m", "fdg_jax.reproduce", key.table, f"--scale={scale}", f"--only={name_of(key)}"]
+    words += [f"--seeds={','.join(map(str, sorted(seeds)))}", f"--workdir=runs/again_{scale}"]
+    return shlex.join([*words, f"--data={data}"] if data else words)
 
 
 def _cell(key: Key, runs: Sequence[Run]) -> str:
-    head = [page.cell(METHODS.get(key.method, key.method)), page.number(key.beta, 1), page.number(key.num_stages, 0)]
+    method = ", policy ".join([METHODS.get(key.method, key.method), *sorted(_unusual(runs))])
+    head = [page.cell(method), page.number(key.beta, 1), page.number(key.num_stages, 0)]
     paper = page.cell(_paper(cell for cell in cells(key.table) if cell.key == key), "number")
     if not runs:
         return page.row([*head, page.cell("not run", "none number"), *["<td></td>"] * 2, paper, *["<td></td>"] * 2])
@@ -56,7 +119,7 @@ def _cell(key: Key, runs: Sequence[Run]) -> str:
             page.number(group.median_of("seconds"), 0),
             page.cell("; ".join(group.hardware)),
         ],
-        runs[0].command or "the command is not known",
+        _commands(runs),
         len(CELLS),
     )
 
@@ -91,8 +154,7 @@ def of_times(table: str, runs: Sequence[Run], scale: str | None) -> str:
             published.setdefault(Place(cell.network, cell.dataset, cell.method, cell.num_stages), []).append(cell)
     groups = by_place(runs, scale)
     bodies = [
-        (NETWORKS.get(network, network), [_time(place, published[place], groups) for place in own])
-        for network, own in groupby(published, key=lambda place: place.network)
+        (network, [_time(place, published[place], groups) for place in own]) for network, own in _networks(published)
     ]
     return page.table(f"Time{_not_the_task(scale)}", TIMES, bodies) + page.paragraph(TIMES_NOTE, "dim")
 
@@ -115,7 +177,7 @@ def _time(place: Place, published: Sequence[Cell], ours: Mapping[Place, Group]) 
             page.number(next((cell.seconds_per_epoch for cell in published if cell.seconds_per_epoch), None), 1),
             page.cell("; ".join(group.hardware) if group else ""),
         ],
-        group.runs[0].command if group else None,
+        _commands(group.runs) if group else "",
         len(TIMES),
     )
 
@@ -142,7 +204,7 @@ def _method(group: Group) -> str:
 
 
 def every_run(runs: Sequence[Run]) -> str:
-    """A row a folder, with its command beneath."""
+    """A row a folder, with its own command beneath, and what it ran with."""
     return page.table("Every run, by folder", RUNS, [("", [_run(run) for run in runs])])
 
 
@@ -159,8 +221,7 @@ def _run(run: Run) -> str:
             page.number(run.error) if run.finished else page.cell("not finished", "none number"),
             page.number(run.seconds, 1),
             page.cell((run.hardware or "unknown") + again),
-            page.cell(shown or "unknown"),
         ],
-        run.command or "the command is not known",
+        page.folded("command and versions", page.command(run.command or UNKNOWN) + page.paragraph(shown or "unknown")),
         len(RUNS),
     )

@@ -16,8 +16,8 @@ METHODS = {"bp": "BP", "fdg": "FDG", "ddg": "DDG", "dgl": "DGL", "dni": "DNI", "
 }
 NETWORKS = {"wrn28_10": "WRN-28-10"} | {f"resnet{depth}": f"ResNet-{depth}" for depth in (18, 20, 56, 110, 1202)}
 DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
-# Settings that change when something is written, not what: runs that differ in them are seeds of one another.
-BY_K = ("num_stages", "cuts", "optim.warmup_epochs")  # the papers' recipe warms up where there are many stages
+# Settings that change when something is written, or where TFDS keeps its images, and not what: runs that differ in them
+# are seeds of one another.
 ASIDE = ("seed", "log_every", "on_nan", "checkpoint.", "data.path", "trace", "profile", "probe")
 
 
@@ -29,20 +29,27 @@ class Task(NamedTuple):
         data: that it ran on.
         cell: network and data set of the papers that it stands for, or None.
         scale: of that cell.
+        path: of the data, where they are read from a file or a folder of the user's; "" for others.
     """
 
     network: str
     data: str
     cell: tuple[str, str] | None = None
     scale: str | None = None
+    path: str = ""
+
+    @property
+    def ran(self) -> str:
+        return f"{self.network} on {self.data} {self.path}".rstrip()
 
     @property
     def title(self) -> str:
-        ran = f"{self.network} on {self.data}"
         if self.cell is None:
-            return ran
+            return self.ran
         named = f"{NETWORKS.get(self.cell[0], self.cell[0])} on {DATASETS.get(self.cell[1], self.cell[1])}"
-        return named if self.scale == "full" else f"{named}, scale {self.scale or 'unknown'}: {ran}"
+        if self.scale == "full":
+            return f"{named}, {self.data} {self.path}" if self.path else named
+        return f"{named}, scale {self.scale or 'unknown'}: {self.ran}"
 
 
 class Place(NamedTuple):
@@ -125,40 +132,48 @@ class Group:
         return {kind for run in self.runs for start in run.starts or [{}] for kind in start.get("devices") or [None]}
 
     def curve(self, name: str) -> list[tuple[float, Spread]]:
-        """(epoch, spread over the seeds) of a curve of `Run`, "test_error" or "train_loss", where any seed has it."""
-        values: dict[float, list[float]] = defaultdict(list)
-        for run in self.runs:
-            for epoch, value in getattr(run, name):
-                values[epoch].append(value)
-        return [(epoch, Spread.of(values[epoch])) for epoch in sorted(values)]
+        """(epoch, spread over the seeds) of a curve of `Run`, "test_error" or "train_loss".
+
+        Of the finished runs, or of all where none is, at epochs at which each has a value: a line that takes up or
+        loses a seed on its way would jump for that.
+        """
+        curves = [dict(getattr(run, name)) for run in self.finished or self.runs if getattr(run, name)]
+        epochs = sorted(set.intersection(*map(set, curves))) if curves else []
+        return [(epoch, Spread.of([curve[epoch] for curve in curves])) for epoch in epochs]
 
 
 def by_task(runs: Iterable[Run]) -> dict[Task, list[Group]]:
-    """The groups of every task, in the order in which the runs are given."""
+    """The groups of every task, in the order in which the runs are given; of paths, what tells them apart."""
     tasks: dict[Task, list[Run]] = defaultdict(list)
     for run in runs:
         tasks[task_of(run)].append(run)
-    return {task: grouped(members) for task, members in tasks.items()}
+    paths = {task.path for task in tasks}
+    return {task._replace(path=_tail(task.path, paths)): grouped(members) for task, members in tasks.items()}
 
 
 def task_of(run: Run) -> Task:
-    """The network and the data of a run, and the cell that it stands for."""
+    """The network and the data of a run, and the cell that it stands for; a run without settings is like no other."""
     model, data = run.section("model"), run.section("data")
-    network = str(model.get("name", "unknown network"))
+    cell, scale = ((run.cell.network, run.cell.dataset), run.scale) if run.cell else (None, None)
+    if not (model and data):
+        return Task("unknown network", "unknown data of", cell, scale, str(run.workdir))
+    network = str(model.get("name"))
     for key, value in model.items():
         if key in ("depth", "width") or (key == "stem" and network == "resnet"):
             network += f", {key} {value}"
-    cell = (run.cell.network, run.cell.dataset) if run.cell else None
-    return Task(network, _data(data), cell, run.scale if cell else None)
-
-
-def _data(data: Mapping[str, Any]) -> str:
-    source = str(data.get("source", "unknown data"))
+    source, path = str(data.get("source")), ""
     if source == "tfds":
         source = str(data.get("name"))
     elif source in ("arrays", "folder"):
-        source = f"{source} {Path(str(data.get('path'))).name}"
-    return f"{data['limit']} images of {source}" if data.get("limit") else source
+        path = str(Path(str(data.get("path"))))
+    return Task(network, f"{data['limit']} images of {source}" if data.get("limit") else source, cell, scale, path)
+
+
+def _tail(path: str, paths: Iterable[str]) -> str:
+    """As many of the last parts of a path as no other of the paths ends in."""
+    parts, others = Path(path).parts, [Path(other).parts for other in paths if other != path]
+    lengths = (n for n in range(1, len(parts)) if all(other[-n:] != parts[-n:] for other in others))
+    return str(Path(*parts[-next(lengths, len(parts)) :])) if parts else ""
 
 
 def grouped(runs: Iterable[Run]) -> list[Group]:
@@ -180,7 +195,7 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
 def _identity(run: Run) -> tuple:
     """Everything that its result depends on, but for the seed; a run without settings is like no other."""
     flat = sorted((key, str(value)) for key, value in flatten(run.settings) if not key.startswith(ASIDE))
-    return tuple(flat) or (("folder", str(run.workdir)),)
+    return (*flat, ("path", task_of(run).path))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

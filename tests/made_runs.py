@@ -19,12 +19,15 @@ def make_run(
     images_per_s: float = 1000.0,
     devices: dict[str, int] | None = None,
     more: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+    policy: str = "stash",
 ) -> Path:
     """A folder as `fdg_jax.main` leaves it: five steps of 200 images an epoch, `errors` in percent after each.
 
     Args:
         cell: (table, network, dataset, method, beta, num_stages).
         more: of every line of the metrics.
+        data: its settings; CIFAR-10 of TFDS by default.
     """
     folder.mkdir(parents=True)
     settings = {
@@ -33,8 +36,8 @@ def make_run(
         "epochs": len(errors) if epochs is None else epochs,
         "batch_size": 200,
         "model": {"name": "resnet_cifar", "depth": depth, "width": 16},
-        "data": {"source": "tfds", "name": "cifar10"},
-        "method": {"name": method, "beta": beta},
+        "data": data or {"source": "tfds", "name": "cifar10"},
+        "method": {"name": method, "beta": beta, "policy": policy},
     }
     lines = [
         {

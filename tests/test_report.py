@@ -16,7 +16,7 @@ import pytest
 from made_runs import make_run
 from PIL import Image
 
-from fdg_jax import report
+from fdg_jax import report, reproduce
 from fdg_jax.published import cells
 from fdg_jax.results import find
 
@@ -90,7 +90,8 @@ def test_a_cell_has_median_spread_seeds_paper_and_machine(written):
     page = written[1]
     place = page.rows.index(row(page, "FDG", "1.0", "3"))
     assert page.rows[place] == ["FDG", "1.0", "3", "9.25", "9.00 to 9.50", "3", "6.40, 6.20 r", "14", "3 x H100"]
-    assert page.rows[place + 1] == ["python -m fdg_jax.main --config.seed=0"]
+    again = "--scale=full --only=resnet56_fdg_beta1_K3 --seeds=0,1,2 --workdir=runs/again_full"
+    assert page.rows[place + 1] == [f"python -m fdg_jax.reproduce table4 {again}"]
     assert row(page, "BP", DASH, "1", "6.25")[4:] == ["6.00 to 6.50", "3", "6.19*", "14", "1 x H100"]
 
 
@@ -113,8 +114,82 @@ def test_times_are_shares_of_bps(written):
     page = written[1]
     times = [row for row in page.rows if len(row) == 7 and row[0] in ("BP", "FDG", "data parallel")]
     assert times[0] == ["BP", "1", "100.0", "100.00", "2.00", "30.2", "1 x H100"]
-    assert times[1] == ["FDG", "2", "50.0", "60.64", "1.00", "29.6", "2 x H100"]
+    assert times[2] == ["FDG", "2", "50.0", "60.64", "1.00", "29.6", "2 x H100"]
     assert ["data parallel", "4", DASH, DASH, "not a method here", "84.0", ""] in times
+
+
+def test_cells_that_ran_the_same_at_a_smaller_scale_have_a_time_each(tmp_path):
+    """All of one network, which at scale smoke stands for three of the papers'."""
+    for network, table in (("resnet20", "table2"), ("resnet56", "table4"), ("wrn28_10", "table4")):
+        for method, beta, stages, rate in (("bp", None, 1, 500.0), ("fdg", 1.0, 2, 1000.0)):
+            cell = (table, network, "cifar10", method, beta, stages)
+            folder = tmp_path / table / f"{network}_{method}"
+            make_run(folder, method=method, num_stages=stages, images_per_s=rate, cell=cell, scale="smoke")
+    page = Page(report.write(find([tmp_path]), tmp_path / "report").read_text())
+    ours = [(*row[:3], row[4]) for row in page.rows if len(row) == 7 and row[2] not in ("Ours, % of BP", DASH)]
+    assert ours == 2 * [("BP", "1", "100.0", "2.00"), ("FDG", "2", "50.0", "1.00")]
+    assert "Some ran the same network on the same images, in place of different ones of the papers." in page.text
+
+
+def test_a_cells_command_makes_its_seeds_and_nothing_else(tmp_path, monkeypatch, capsys):
+    """As `reproduce` reads it; each run's own stands with the run."""
+    keys = [("table2", "resnet20", "cifar10", "fdg", 0.2, 2), ("table2", "resnet20", "cifar10", "bp", None, 1)]
+    keys += [("table4", "resnet56", "cifar10", "fdg", 0.5, 2), ("table4", "wrn28_10", "cifar10", "fdg", None, 2)]
+    for number, key in enumerate(keys):
+        for seed in (2, 0) if number < 3 else (0,):
+            make_run(tmp_path / f"{number}_{seed}", beta=key[4] or 1.0, seed=seed, cell=key, scale="smoke")
+    page = Page(report.write(find([tmp_path]), tmp_path / "report").read_text())
+    monkeypatch.chdir(tmp_path)
+    made = []
+    for command in [row[0] for row in page.rows if row[0].startswith("python -m fdg_jax.reproduce")]:
+        assert reproduce.main([*command.split()[3:], "--dry_run"]) == 0
+        made.append(re.findall(r"--workdir=runs/again_smoke/(\S+)", capsys.readouterr().out))
+    bp, fdg, fdg56 = (
+        [f"{folder}/seed{seed}" for seed in (0, 2)]
+        for folder in ("table2/resnet20_bp_K1", "table2/resnet20_fdg_beta0.2_K2", "table4/resnet56_fdg_beta0.5_K2")
+    )
+    assert made == [bp, fdg, fdg56, fdg56, fdg56, ["table4/wrn28_10_fdg_K2_time/seed0"]]
+    own = [row[0] for row in page.rows if "fdg_jax.main" in row[0]]
+    assert [re.findall(r"main --config.seed=(\d)", row) for row in own] == [*[["0"], ["2"]] * 3, ["0"]]
+
+
+def test_images_of_a_path_are_named_in_the_command(tmp_path):
+    data = {"source": "folder", "path": "/some where/cifar"}
+    make_run(tmp_path / "a", data=data, cell=("table2", "resnet20", "cifar10", "fdg", 1.0, 2), scale="short")
+    page = Page(report.write(find([tmp_path]), tmp_path / "report").read_text())
+    assert any(row[0].endswith("--workdir=runs/again_short '--data=/some where/cifar'") for row in page.rows)
+
+
+def test_a_cell_that_nobody_can_make_keeps_its_runs_command(tmp_path):
+    folder = make_run(tmp_path / "a", cell=("table2", "resnet20", "cifar10", "fdg", 1.0, 2), scale="tiny")
+    page = Page(report.write(find([folder]), tmp_path / "report").read_text())
+    assert ["python -m fdg_jax.main --config.seed=0"] in page.rows
+
+
+def test_rows_go_by_stages_then_bp_first_then_beta_falling(written):
+    rows = [tuple(row[:3]) for row in written[1].rows if len(row) == 9 and row[2].isdecimal()]
+    assert rows[0] == ("BP", DASH, "1")
+    four = [("DDG", DASH), ("DGL", DASH), ("Features Replay", DASH)]
+    betas = {"2": ("1.0", "0.5"), "3": ("1.0", "0.5", "0.2"), "4": ("1.0", "0.5", "0.3")}
+    table4 = [(*row, stages) for stages in "234" for row in [*four, *(("FDG", beta) for beta in betas[stages])]]
+    assert rows[1 : 1 + len(table4)] == table4
+
+
+def test_which_weights_answered_is_read_from_the_runs(tmp_path):
+    for method, stages, policy in (("bp", 1, "stash"), ("fdg", 2, "current"), ("dgl", 2, "stash")):
+        cell = ("table2", "resnet56", "cifar10", method, 1.0 if method == "fdg" else None, stages)
+        make_run(tmp_path / method, method=method, num_stages=stages, cell=cell, policy=policy)
+    page = Page(report.write(find([tmp_path]), tmp_path / "report").read_text())
+    assert [row[0] for row in page.rows if len(row) == 9 and row[3] == "10.00"] == ["BP", "DGL", "FDG, policy current"]
+    assert "answered with activations of its forward and weights of today (policy current); in the code" in page.text
+    assert "policy stash" not in page.text
+    made = page.rows[page.rows.index(next(row for row in page.rows if row[0] == "FDG, policy current")) + 1]
+    assert made == ["python -m fdg_jax.main --config.seed=0"]  # `reproduce` would take the usual policy
+
+
+def test_the_weights_of_the_forward_are_the_usual_ones(written):
+    assert "is answered with the weights that its forward saw (policy stash); in the code that" in written[1].text
+    assert not any("policy" in cell for row in written[1].rows for cell in row)
 
 
 def test_times_of_other_devices_are_not_compared(tmp_path):
@@ -157,7 +232,8 @@ def test_the_page_refers_to_nothing_outside(written):
 
 def test_different_networks_are_separated_and_that_is_said(written):
     page = written[1]
-    assert "The runs are of 2 networks or sets of images: each has axes of its own." in page.text
+    assert "The runs are of 2 tasks, a network on a set of images each: every task has axes of its own." in page.text
+    assert "in place of different ones" not in page.text
     curves = [image["alt"] for image in page.images if image["alt"].startswith("Test error and training loss")]
     assert len(curves) == 2
     assert not any("ResNet-20" in alt and "ResNet-56" in alt for alt in curves)
@@ -241,43 +317,6 @@ def test_the_command_runs_without_a_display(tmp_path):
     assert (tmp_path / "page" / "index.html").stat().st_size > 10_000
 
 
-def made(folder, method, beta, num_epochs, num_stages=2):
-    stages = num_stages if method == "fdg" else 1
-    name = folder / f"{method}_{beta}_{num_epochs}_{stages}"
-    return make_run(name, tuple(20.0 - 5 * n for n in range(num_epochs)), method, beta, stages)
-
-
-def test_bars_and_curves_hold_runs_that_differ_in_nothing_else(tmp_path):
-    for stages in (2, 3):
-        for beta, epochs in ((0.5, 2), (0.5, 3), (1.0, 2), (1.0, 3)):
-            made(tmp_path, "fdg", beta, epochs, stages)
-    made(tmp_path, "bp", 1.0, 2)
-    made(tmp_path, "bp", 1.0, 4)
-    page = Page(report.write(find([tmp_path]), tmp_path / "report").read_text())
-    bars = [image["alt"] for image in page.images if "values of beta" in image["alt"] and "K = 2" in image["alt"]]
-    assert [alt.count("beta 0.5") for alt in bars] == [1, 1]
-    assert all(("epochs 2" in alt) == alt.endswith("BP 15.00 %.") for alt in bars)
-    assert all(("epochs 3" in alt) == alt.endswith("BP not run.") for alt in bars)
-    curves = [image["alt"] for image in page.images if "number of stages" in image["alt"]]
-    assert len(curves) == 4
-    assert all(("epochs 2" in alt) == ("BP, epochs 2 ends" in alt) for alt in curves)
-    assert not any("epochs 2" in alt and "epochs 3" in alt for alt in curves)
-    assert "differ in more than beta or K have figures of their own" in page.text
-
-
-def test_warm_up_and_cuts_belong_to_the_number_of_stages(tmp_path):
-    """The papers' recipe warms up where K is more than 2."""
-    for stages, warmup in ((1, 0), (2, 0), (3, 3)):
-        folder = made(tmp_path, "fdg" if stages > 1 else "bp", 1.0, 2, stages)
-        settings = json.loads((folder / "config.json").read_text())
-        settings |= {"optim": {"warmup_epochs": warmup}, "cuts": list(range(1, stages))}
-        (folder / "config.json").write_text(json.dumps(settings))
-    page = Page(report.write(find([tmp_path]), tmp_path / "report").read_text())
-    (stages,) = [image["alt"] for image in page.images if "number of stages" in image["alt"]]
-    assert "K = 1 1 s, K = 2 1 s, K = 3 1 s" in stages
-    assert "figures of their own" not in page.text
-
-
 def test_the_papers_cells_are_not_separated(written):
     assert "figures of their own" not in written[1].text
 
@@ -316,7 +355,8 @@ def test_a_run_for_its_time_alone_fills_no_cell_of_errors_and_no_curve(tmp_path)
     (bp,) = [row for row in page.rows if len(row) == 9 and row[0] == "BP" and row[3] != "not run"]
     assert bp[3] == "not finished"
     time = page.rows.index(["BP", "1", "100.0", DASH, "1.00", "219.1", "1 x H100"])
-    assert page.rows[time + 1] == ["as typed"]
+    again = "--scale=full --only=wrn28_10_bp_K1 --seeds=0 --workdir=runs/again_full"
+    assert page.rows[time + 1] == [f"python -m fdg_jax.reproduce table4 {again}"]
     (curves,) = [image["alt"] for image in page.images if image["alt"].startswith("Test error and training loss")]
     assert "FDG" in curves
     assert "BP" not in curves
@@ -345,14 +385,20 @@ def test_bad_input_is_one_line(words, message, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == f"fdg_jax: {message}\n"
 
 
-@pytest.mark.parametrize("words", [[], ["a", "--uot=b"]])
-def test_flags_that_are_wrong_are_one_line(words, capsys):
+def test_a_flag_that_is_wrong_is_one_line(capsys):
     with pytest.raises(SystemExit) as stopped:
-        report.main(words)
+        report.main(["a", "--uot=b"])
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("fdg_jax: ")
-    assert line.endswith("; try python -m fdg_jax.report runs")
+    assert line.startswith("fdg_jax: unknown flag ")
+    assert "out'?" in line
+
+
+def test_without_a_folder_it_takes_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_run(Path("runs/a"))
+    assert report.main([]) == 0
+    assert capsys.readouterr().out == "runs/report/index.html: 1 run\n"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here: apt-get install chromium")
