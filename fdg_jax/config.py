@@ -124,7 +124,7 @@ class TraceSettings:
     """`config.trace`: the window of a run of which a timeline is measured, see `tracing`."""
 
     first_step: int = 20  # so that programs are compiled and the pipeline is full
-    num_steps: int = 0  # 0 for none; a picture shows 32 ticks, the file all
+    num_steps: int = 0  # 0 for none; a picture shows 16 visits a device, the file all
 
 
 @dataclass(frozen=True)

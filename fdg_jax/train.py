@@ -206,7 +206,7 @@ class _Run:
         self.probe = Probe(pipe) if settings.probe_every_steps else None
         now = time.perf_counter()
         self.started, self.last_log_at = now - progress.seconds, now - progress.seconds_since_log
-        self.tracing = Tracing(settings, pipe, source, workdir, display.console, progress.step)
+        self.tracing = Tracing(settings, pipe, source, workdir, display.console, progress.step, display.lines)
         stops = settings.on_nan == "stop"
         self.saving = Saving(
             settings.checkpoint,
@@ -254,17 +254,17 @@ class _Run:
         if epoch_ends or step % self.settings.log_every_steps == 0:
             jax.block_until_ready(state)  # the one place where a loop that is not traced waits for the devices
             before = self.progress.best_error
-            with self.tracing.paused(state, step):
+            with self.tracing.paused(state):
                 state = self.log(state, time.perf_counter() - self.last_log_at, epoch_ends, received)
             if received:
                 return state
             is_best = self.progress.best_error != before
         if self.probe and step % self.settings.probe_every_steps == 0:
-            with self.tracing.paused(state, step):
+            with self.tracing.paused(state):
                 self.measure(state, self.probe)
         self.progress = replace(self.progress, logged=True)
         if self.saving.due(step) or (is_best and self.settings.checkpoint.keep_best):
-            with self.tracing.paused(state, step):
+            with self.tracing.paused(state):
                 self.save(state, error=_test_error(self.progress.metrics) if epoch_ends else None)
         self.saving.watch()
         return state

@@ -3,22 +3,30 @@
 import threading
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import jax
 import pytest
 from helpers import assert_trees_close, host, make_pipeline, tiny_batches
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.monitoring import record_event_duration_secs
 
 from fdg_jax import corrections, methods
 from fdg_jax import schedule as schedules
 from fdg_jax.recorder import Recorder
 from fdg_jax.schedule import Op
-from fdg_jax.trace import shares
+from fdg_jax.timeline import Link, StageCost, plan
+from fdg_jax.trace import chrome_trace, shares
 
 METHODS = {
     "fdg": methods.fdg(0.5),
     "gpipe": methods.gpipe(2),  # in which some visits make nothing that another stage reads
     "dni": methods.dni(context=False),
 }
+
+
+NAMES = {"pause": "begin", "pause ends": "end"}
 
 
 def told(*events):
@@ -34,7 +42,10 @@ def told(*events):
     recorder = Recorder(["a", "b"], schedules.fdg(2), clock, wait)
     for time, what, *arguments in events:
         now[0] = time
-        getattr(recorder, what)(*arguments)
+        if what == "compiled":  # for so many seconds
+            record_event_duration_secs("/jax/core/compile/backend_compile_duration", *arguments)
+        else:
+            getattr(recorder.pauses if what.startswith("pause") else recorder, NAMES.get(what, what))(*arguments)
     return recorder.stop()
 
 
@@ -88,7 +99,7 @@ def trained(early=0.0, late=0.0):
     """Two stages and their messages; times are of training, and pauses at 2 and at 6 last so many seconds more."""
 
     def pause(begin, seconds):
-        return [(begin, "pause"), (begin + seconds, "resume")] if seconds else []
+        return [(begin, "pause"), (begin + seconds, "pause ends")] if seconds else []
 
     first, second = 2 + early, 6 + early + late  # when the two ticks of the window are dispatched
     noted = 2.5 if early else 2.0  # by a thread that is late, when the pause has begun
@@ -122,8 +133,99 @@ def test_after_a_pause_the_window_begins_with_its_end(late):
     assert wanted.since == {0: -1.0, 1: 0.0}  # where there was none, device 0 has waited for a second
     assert found.since == {0: 0.0, 1: 0.0}
     parts = shares(found)
-    assert parts[0] == pytest.approx((400 / 7, 100 / 7, 200 / 7 - (75 - 400 / 7), 75 - 400 / 7))
-    assert parts[1] == pytest.approx((75, 25, 0, 0))
+    assert parts[0] == pytest.approx((400 / 7, 100 / 7, 0, 200 / 7 - (75 - 400 / 7), 75 - 400 / 7))
+    assert parts[1] == pytest.approx((75, 25, 0, 0, 0))
+
+
+def test_what_compiles_is_cut_out_from_when_devices_are_done():
+    """The second visit compiles from 1 to 11, and again from 11.5 to 21; the first one lasts until 3."""
+    found = told(
+        (0, "mark"),
+        (0, "begin", 0),
+        (0, "visit", 0, (Op("F", 0),), 3.0),
+        (11, "compiled", 10.0),
+        (21, "compiled", 9.5),
+        (21, "visit", 1, (Op("F", 9),), 23.0),
+        (22, "visit", 0, (Op("F", 1),), 24.0),
+    )
+    assert [(box.start, box.end) for box in found.boxes] == [(0, 3), (3, 5), (3, 6)]
+
+
+def test_nothing_is_cut_out_while_a_device_is_at_work():
+    found = told(
+        (0, "begin", 0),
+        (0, "visit", 0, (Op("F", 0),), 30.0),
+        (11, "compiled", 10.0),
+        (11, "visit", 1, (Op("F", 9),), 13.0),
+    )
+    assert [(box.start, box.end) for box in found.boxes] == [(0, 30), (11, 13)]
+
+
+def test_a_batch_is_input_from_when_the_host_turns_to_it():
+    """It is asked for at 1, sent at 4 and there at 5; device 0 has been free since 2, device 1 awaits what was sent."""
+    found = told(
+        (0, "begin", 0),
+        (0, "visit", 0, (Op("F", 0),), 2.0),
+        (0, "visit", 1, (Op("F", 9),), 2.0),
+        (1, "fetch"),
+        (4, "begin", 1),
+        (4, "deliver", {("inputs", 0, 1): 5.0, ("inputs", 1, 0): 5.0}),
+        (4, "visit", 0, (Op("F", 1),), 7.0),
+        (4, "visit", 1, (Op("F", 0),), 7.0),
+        (4, "fetch"),
+        (6, "begin", 2),
+        (6, "deliver", {("inputs", 1, 1): 8.0}),
+        (6, "visit", 1, (Op("F", 1),), 10.0),
+    )
+    assert [(m.sender, m.reader, m.sent, m.arrived) for m in found.messages] == [
+        (None, 0, 1, 5),
+        (0, 1, 4, 5),
+        (0, 1, 7, 8),
+    ]
+    assert [(box.start, box.end) for box in found.boxes] == [(0, 2), (0, 2), (5, 7), (5, 7), (8, 10)]
+    imbalance = 60 - 400 / 7
+    assert shares(found)[0] == pytest.approx((400 / 7, 0, 300 / 7 - imbalance, 0, imbalance))
+    assert shares(found)[1] == pytest.approx((60, 20, 0, 20, 0))
+
+
+@given(st.data())
+def test_threads_that_note_late_tell_nothing_impossible(data):
+    """A planned run, of which threads note every end late: no arrow runs backwards, no visit is in another."""
+    schedule, link = schedules.fdg(2), Link(latency=0.25)
+    messages = []
+    boxes = list(plan(schedule, [StageCost(1, 2), StageCost(2, 1)], 6, link, messages=messages))
+    arrivals = {(m.reader, m.op): m.arrived for m in messages}
+    waiting = {}  # a thread, by what it waits for, notes one thing after another
+
+    def noted(lane, seconds):
+        late = data.draw(st.sampled_from([0.0, 0.0, 0.5, 3.0, 20.0]))
+        waiting[lane] = max(seconds + late, waiting.get(lane, 0.0))
+        return waiting[lane]
+
+    events, known = [], {}
+    for tick in sorted({box.tick for box in boxes}):
+        inside = [box for box in boxes if box.tick == tick]
+        reads = {(box.stage, op) for box in inside for op in box.ops} & set(arrivals)
+        sent = {("inputs" if op.kind == "F" else "cotangents", k, op.batch): (k, op) for k, op in sorted(reads)}
+        events += [
+            (tick / 1024, "begin", tick),
+            (tick / 1024, "deliver", {key: noted((1 - k, k), arrivals[k, op]) for key, (k, op) in sent.items()}),
+        ]
+        for box in inside:
+            known[box.stage, box.tick] = noted((box.device, box.device), box.end)
+            events.append((tick / 1024, "visit", box.stage, box.ops, known[box.stage, box.tick]))
+    found = told(*events)
+    zero = boxes[0].start
+    for box, true in zip(found.boxes, boxes, strict=True):
+        assert true.end - zero <= box.end <= known[box.stage, box.tick] - zero
+        assert box.start <= box.end
+    for lane in found.lanes.values():
+        assert all(one.end <= other.start for one, other in pairwise(lane))
+    for message, sender, reader in found.arrows():
+        assert sender.end <= message.sent <= message.arrived <= reader.start
+    flows = [event for event in chrome_trace([found])["traceEvents"] if event["ph"] in "sf"]
+    assert len(flows) == 2 * len(messages)
+    assert all(begin["ts"] <= end["ts"] for begin, end in zip(flows[::2], flows[1::2], strict=True))
 
 
 def test_a_computation_that_fails_is_told():
@@ -186,14 +288,14 @@ def test_visits_of_a_device_do_not_overlap(recorded):
 def test_messages_arrive_after_they_are_sent_and_before_they_are_read(recorded):
     pipe, timeline, *_ = recorded
     assert all(message.sent <= message.arrived for message in timeline.messages)
-    arrows = list(timeline.arrows())
+    arrows = [arrow for arrow in timeline.arrows() if arrow[1]]  # not from the host
     kinds = Counter(message.op.kind for message, *_ in arrows)
     assert min(kinds.values()) >= 5
     assert set(kinds) == {"F", "S" if pipe.method.name == "dni" else "B"}
     for message, sender, reader in arrows:
         assert sender.stage == message.sender
         assert sender.tick < reader.tick
-        assert message.arrived <= reader.start or reader.start == reader.end
+        assert sender.end <= message.sent <= message.arrived <= reader.start
 
 
 def test_a_switch_of_schedules_is_recorded():

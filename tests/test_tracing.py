@@ -4,12 +4,15 @@ import dataclasses
 import io
 import json
 import re
-from types import SimpleNamespace
 
+import jax
 import pytest
+from helpers import make_pipeline, tiny_batches
+from jax.monitoring import record_event_duration_secs
 from rich.console import Console
-from test_trace import planned_timeline
+from test_trace import HAND_MADE, planned_timeline
 
+from fdg_jax import methods
 from fdg_jax import schedule as schedules
 from fdg_jax.config import (
     ConfigError,
@@ -23,10 +26,14 @@ from fdg_jax.config import (
     differences,
     resolve,
 )
+from fdg_jax.console import JsonLines
+from fdg_jax.expected import divided_costs, follows, measured_costs, planned
+from fdg_jax.flops import layer_flops
+from fdg_jax.recorder import Recorder
 from fdg_jax.schedule import Op
 from fdg_jax.timeline import Box, Message, StageCost
-from fdg_jax.trace import Timeline, shares
-from fdg_jax.tracing import Tracing, follows, planned, stage_costs
+from fdg_jax.trace import Shares, Timeline, shares
+from fdg_jax.tracing import Tracing
 from fdg_jax.train import train_and_evaluate
 
 SMALL = Settings(
@@ -42,9 +49,11 @@ SMALL = Settings(
 
 
 def train(workdir, **changes):
-    text = io.StringIO()
-    train_and_evaluate(dataclasses.replace(SMALL, **changes), workdir, Console(file=text, width=200))
-    return text.getvalue()
+    text, lines = io.StringIO(), io.StringIO()
+    settings = dataclasses.replace(SMALL, **changes)
+    train_and_evaluate(settings, workdir, Console(file=text, width=250), JsonLines(lines))
+    told = [line for line in map(json.loads, lines.getvalue().splitlines()) if line["event"] == "trace"]
+    return text.getvalue(), told
 
 
 def losses(workdir):
@@ -53,16 +62,16 @@ def losses(workdir):
 
 def slices(workdir, pid):
     events = json.loads((workdir / "trace.json").read_text())["traceEvents"]
-    return [event for event in events if event["ph"] == "X" and event["pid"] == pid]
+    return [e for e in events if e["ph"] == "X" and e["pid"] == pid and e["cat"] == "visit"]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Of one trajectory: traced and profiled, and not."""
     folder = tmp_path_factory.mktemp("runs")
-    told = train(folder / "traced", trace=TraceSettings(3, 4), profile=True)
+    told, lines = train(folder / "traced", trace=TraceSettings(3, 4), profile=True)
     train(folder / "plain")
-    return folder, told
+    return folder, told, lines
 
 
 def test_a_traced_run_is_the_same_run(runs):
@@ -83,7 +92,7 @@ def test_the_files_of_a_window(runs):
 
 
 def test_the_table_of_a_window(runs):
-    folder, told = runs
+    folder, told, _ = runs
     assert re.search(r"traced the steps 3 to 6 without 3 pauses of \d+\.\d\d s in all; where", told)  # after 4, 5 and 6
     assert f"{folder / 'traced' / 'trace.png'}; " in told
     assert "whose making slowed the run" in told
@@ -93,16 +102,31 @@ def test_the_table_of_a_window(runs):
         assert sum(map(float, figures.split())) == pytest.approx(100, abs=0.2)
 
 
+def test_machines_are_told_the_same(runs):
+    folder, told, (line,) = runs
+    assert (line["first_step"], line["steps"], line["asked_steps"]) == (3, 4, 4)
+    assert line["files"] == [str(folder / "traced" / name) for name in ("trace.png", "trace.json")]
+    assert line["pause_s"] > line["compilation_s"] == 0
+    for name in ("planned", "measured"):
+        for device, found in enumerate(line[name]):
+            assert (found["device"], found["stages"]) == (device, [device])
+            figures = [found[part] for part in Shares._fields]
+            assert "  ".join(f"{each:9.1f}" for each in figures) in told
+            assert sum(figures) == pytest.approx(100)
+
+
 def test_a_window_that_the_run_ends_and_an_engine_without_visits(tmp_path):
-    told = train(tmp_path / "run", trace=TraceSettings(8, 50), engine="fused")
+    told, (line,) = train(tmp_path / "run", trace=TraceSettings(8, 50), engine="fused")
     assert (
         "the fused engine has no visits to see, so that the trace is the plan alone; --config.engine=mpmd measures it; "
         "--config.profile=true" in told
     )
-    assert "traced the steps 8 to 9; where" in told
+    assert "traced the steps 8 to 9 (2 of the 50 asked for, since it stopped after step 9)" in told
+    assert (line["steps"], line["asked_steps"]) == (2, 50)
     assert len(slices(tmp_path / "run", 0)) == 4
     assert not slices(tmp_path / "run", 1)
     assert "measured" not in told
+    assert "measured" not in line
 
 
 def test_a_window_beyond_the_run_is_refused(tmp_path):
@@ -111,45 +135,92 @@ def test_a_window_beyond_the_run_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_goes_on_after_the_window_says_so(tmp_path):
-    class Pipe:
-        engine = "mpmd"
-
-    class Digits:
-        image_shape = (8, 8, 1)
-
-    text = io.StringIO()
-    settings = dataclasses.replace(SMALL, trace=TraceSettings(2, 3))
-    tracing = Tracing(settings, Pipe(), Digits(), tmp_path, Console(file=text, width=200), step=5)
-    assert "goes on at step 5, after the window of config.trace: nothing is traced" in text.getvalue()
-    assert tracing.marks() == []
-    assert tracing.watch(None, 5) == 0
+class FusedPipe:
+    engine, devices, schedule, ticks_per_batch = "fused", ("a", "a"), schedules.fdg(2), 1
 
 
-def test_the_time_of_a_fused_window_is_without_pauses(monkeypatch, tmp_path):
-    """Of 3 steps of 1 s, after each of which the loop pauses: the last of these comes after the window."""
+class Digits:
+    image_shape = (8, 8, 1)
 
-    class Pipe:
-        engine = "fused"
 
-    class Digits:
-        image_shape = (8, 8, 1)
-
+@pytest.fixture
+def fused(monkeypatch, tmp_path):
+    """The tracing of steps 2 to 4 of a run with the fused engine; its clock, what it guesses of, and what it tells."""
     now, found, text = [0.0], [], io.StringIO()
-    monkeypatch.setattr("fdg_jax.tracing.time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(Tracing, "_guessed", lambda self, *arguments: found.append(arguments))
+
+    def guessed(tracing, seconds, end):
+        found.append((seconds, end))
+        return HAND_MADE
+
+    monkeypatch.setattr("fdg_jax.tracing.Recorder", lambda *run: Recorder(*run, clock=lambda: now[0]))
+    monkeypatch.setattr(Tracing, "_guessed", guessed)
     monkeypatch.setattr(Tracing, "_write", lambda self, timelines: None)
-    monkeypatch.setattr("fdg_jax.tracing.table", lambda timelines: "")
     settings = dataclasses.replace(SMALL, trace=TraceSettings(2, 3))
-    tracing = Tracing(settings, Pipe(), Digits(), tmp_path, Console(file=text, width=200), step=0)
+    with Tracing(settings, FusedPipe(), Digits(), tmp_path, Console(file=text, width=250), step=0) as tracing:
+        yield tracing, now, found, text
+
+
+def test_the_time_of_a_fused_window_is_without_pauses(fused):
+    """Of 3 steps of 1 s, after each of which the loop pauses: the last of these comes after the window."""
+    tracing, now, found, text = fused
     for step in range(6):
         tracing.watch(None, step)
         now[0] += 1
         for _ in range(2):  # it logs, then it saves
-            with tracing.paused(None, step + 1):
+            with tracing.paused(None):
                 now[0] += 10
-    assert found == [(3.0, 2, 5)]
+    assert found == [(3.0, 5)]
     assert "the steps 2 to 4 without 2 pauses of 40.00 s in all; where" in text.getvalue()
+
+
+def test_the_time_of_a_fused_window_is_without_compilation(fused):
+    """Of 3 steps of 1 s the first, before the window, and the third compile; so does a pause, which is cut as such."""
+    tracing, now, found, text = fused
+    for step in range(6):
+        tracing.watch(None, step)
+        if step % 2:
+            for seconds in (4.0, 3.0):  # it traces, and half a second later it compiles
+                now[0] += seconds
+                record_event_duration_secs("/jax/core/compile/backend_compile_duration", seconds)
+                now[0] += 0.5 if seconds == 4 else 0
+        now[0] += 1
+        if step == 3:
+            with tracing.paused(None):
+                now[0] += 10
+                record_event_duration_secs("/jax/core/compile/backend_compile_duration", 9.0)
+        record_event_duration_secs("/jax/another_duration", 1.0)
+    assert found == [(3.0, 5)]
+    assert "the steps 2 to 4 without 1 pause of 10.00 s in all and 7.50 s of compilation; where" in text.getvalue()
+
+
+def test_a_run_that_goes_on_within_the_window_says_so(monkeypatch, fused):
+    tracing, now, found, text = fused
+    for step in (4, 5):
+        tracing.watch(None, step)
+        now[0] += 1
+    assert found == [(1.0, 5)]
+    assert "traced the steps 4 to 4 (1 of the 3 asked for, since the run went on at step 4); where" in text.getvalue()
+
+
+def test_what_compiles_after_a_run_is_heard_of_no_more(fused):
+    tracing, *_ = fused
+    tracing.watch(None, 2)
+    heard = tracing._recorder.pauses.found
+    record_event_duration_secs("/jax/core/compile/backend_compile_duration", 1.0)
+    assert len(heard) == 1
+    tracing.__exit__(None, None, None)
+    tracing._recorder.pauses.begin_turn()
+    record_event_duration_secs("/jax/core/compile/backend_compile_duration", 1.0)
+    assert len(heard) == 1
+
+
+def test_a_run_that_goes_on_after_the_window_says_so(tmp_path):
+    text = io.StringIO()
+    settings = dataclasses.replace(SMALL, trace=TraceSettings(2, 3))
+    tracing = Tracing(settings, FusedPipe(), Digits(), tmp_path, Console(file=text, width=200), step=5)
+    assert "goes on at step 5, after the window of config.trace: nothing is traced" in text.getvalue()
+    assert tracing.marks() == []
+    assert tracing.watch(None, 5) == 0
 
 
 @pytest.mark.parametrize(
@@ -178,7 +249,7 @@ def test_a_run_may_go_on_with_another_window():
 def test_costs_are_found_again():
     """Of a plan with fill and drain, in which forwards, backwards and all together occur."""
     costs = [StageCost(1.0, 2.5, 0.5, activations=2.0), StageCost(3.0, 4.0, cotangents=1.0)]
-    found = stage_costs(planned_timeline(schedules.pipedream(2), costs), 2)
+    found = measured_costs(planned_timeline(schedules.pipedream(2), costs), 2)
     assert found[0].forward == pytest.approx(1)
     assert found[0].backward + found[0].update == pytest.approx(3)
     assert sum((found[1].forward, found[1].backward, found[1].update)) == pytest.approx(7)
@@ -189,9 +260,9 @@ def test_costs_are_medians_and_never_negative():
     def box(end, *kinds):
         return Box(0, 0, 0, tuple(Op(kind, 0) for kind in kinds), 0.0, end)
 
-    (cost,) = stage_costs(Timeline("measured", (box(1, *"BUF"), box(3, *"BUF"), box(99, *"BUF"))), 1)
+    (cost,) = measured_costs(Timeline("measured", (box(1, *"BUF"), box(3, *"BUF"), box(99, *"BUF"))), 1)
     assert cost.seconds((Op("B", 0), Op("U", 0), Op("F", 1))) == pytest.approx(3)
-    (cost,) = stage_costs(Timeline("measured", (box(5, "F"), box(2, "F", "B"))), 1)
+    (cost,) = measured_costs(Timeline("measured", (box(5, "F"), box(2, "F", "B"))), 1)
     assert cost.backward == 0
 
 
@@ -230,3 +301,29 @@ def test_only_what_is_read_in_a_window_is_drawn():
     timeline = planned_timeline(schedules.fdg(2), [StageCost(1, 2)] * 2, 4)
     outside = Message(0, 1, Op("F", 9), 0.0, 1.0)
     assert list(dataclasses.replace(timeline, messages=(outside,)).arrows()) == []
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_the_time_of_a_fused_batch_is_divided_by_operations(remat):
+    """Backward is twice the forward, but for the first layer, which makes no gradient of images; again with remat."""
+    pipe = make_pipeline(num_stages=2, engine="fused", remat=remat)
+    images, labels = tiny_batches(1)[0]
+    pipe.init(jax.random.key(0), images)
+    costs = divided_costs(pipe, images, labels, num_classes=3, seconds=6.0)
+    forward = [cost.forward for cost in costs]
+    first = layer_flops(pipe.layers, images)[0] / sum(layer_flops(pipe.layers, images)) * sum(forward)
+    again = remat == "full"
+    assert sum(cost.forward + cost.backward for cost in costs) == pytest.approx(6)
+    assert costs[0].backward == pytest.approx((2 + again) * forward[0] - first)
+    assert costs[1].backward == pytest.approx((2 + again) * forward[1])
+
+
+def test_heads_are_counted():
+    shares = []
+    for method in (methods.fdg(), methods.dgl()):
+        pipe = make_pipeline(num_stages=2, engine="fused", method=method)
+        images, labels = tiny_batches(1)[0]
+        pipe.init(jax.random.key(0), images)
+        first, second = divided_costs(pipe, images, labels, num_classes=3, seconds=1.0)
+        shares.append((first.forward + first.backward) / (second.forward + second.backward))
+    assert shares[1] > shares[0]
