@@ -8,6 +8,7 @@ from fdg_jax.build import example_images
 from fdg_jax.config import Settings
 from fdg_jax.console import JsonLines, describe_balance, say
 from fdg_jax.data import Source
+from fdg_jax.estimates import forwards_again
 from fdg_jax.flops import layer_flops, shares, stage_flops
 from fdg_jax.pipeline import Pipeline
 from fdg_jax.schedule import delay, staleness
@@ -71,7 +72,5 @@ def _facts(settings: Settings, pipe: Pipeline, source: Source, workdir: Path) ->
 
 def stage_balance(settings: Settings, pipe: Pipeline, source: Source) -> list[float]:
     """Shares of the slowest stage's work; what a method adds to stages (heads, synthesisers) is not counted."""
-    recomputes = [pipe.method.policy == "recompute" and ticks > 0 for ticks in delay(pipe.schedule)]
-    again = [each or kept == "full" for each, kept in zip(recomputes, pipe.remat, strict=True)]
     forward = layer_flops(pipe.layers, example_images(settings, source))
-    return shares(stage_flops(forward, (0, *pipe.cuts, len(pipe.layers)), again))
+    return shares(stage_flops(forward, (0, *pipe.cuts, len(pipe.layers)), forwards_again(pipe)))

@@ -126,17 +126,18 @@ def make_source(settings: DataSettings) -> Source:
     return source.limited(settings.limit) if settings.limit else source
 
 
-def data_shape(settings: DataSettings) -> tuple[tuple[int, ...], int]:
+def data_shape(settings: DataSettings, batch_size: int) -> tuple[tuple[int, ...], int]:
     """(H, W, C) of the images and the number of classes; TFDS is asked for no more than its catalogue.
 
     Raises:
-        ValueError: the data set is not there.
+        ValueError: the data set is not there, or has not one whole batch; which TFDS's catalogue does not tell.
     """
     if settings.source == "tfds":
         from fdg_jax.data.tfds import tfds_shape
 
         return tfds_shape(settings.name, settings.path or None)
     source = make_source(settings)
+    source.steps_per_epoch(batch_size)
     return source.image_shape, source.num_classes
 
 

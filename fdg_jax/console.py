@@ -9,8 +9,8 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from typing import Any, TextIO
 
@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 LOG_FORMATS = ("text", "json")
 WINDOW = 20  # logs over which the pace is taken
-WIDE, NARROW = 110, 70  # columns of a terminal from which on there is a long bar, and one at all
+WIDE, NARROW = 110, 90  # columns of a terminal from which on there is a long bar, and one at all
 
 
 class JsonLines:
@@ -91,6 +91,17 @@ def warn(console: Console, text: str) -> None:
     insist(console, text, style="yellow")
 
 
+@contextmanager
+def telling(console: Console, what: str) -> Iterator[Callable[[str], None]]:
+    """Says that something takes a while, and by a function how far it is: in place on a terminal, else in lines."""
+    if console.is_terminal:
+        with console.status(what) as status:
+            yield lambda text: status.update(f"{what}: {text}")
+    else:
+        say(console, what)
+        yield lambda text: say(console, f"{what}: {text}")
+
+
 class RunDisplay:
     """Use as a context; `advance` after batches, `report` once a log.
 
@@ -100,7 +111,7 @@ class RunDisplay:
         console: for people; `rich` decides whether it is a terminal.
         step: batches fed before, of a run that goes on.
         lines: for machines.
-        balance: work of every stage as a share of the slowest's, shown beside the bar where there is room.
+        balance: work of every stage as a share of the slowest's.
         clock: seconds.
     """
 
@@ -131,7 +142,8 @@ class RunDisplay:
         self._marks: deque[tuple[int, float]] = deque(maxlen=WINDOW)  # batches fed, and when
         self._logs = 0
         self._tested: dict[str, float] = {}
-        self._balance = describe_balance(balance) if len(balance) > 1 else ""
+        told = [describe_balance(balance), f"stages {100 * min(balance):.0f}-100 %"] if len(balance) > 1 else [""]
+        self._balance = next((each for each in told if len(each) <= self._room), told[-1])
 
     def __enter__(self) -> "RunDisplay":
         self._progress.start()
@@ -153,8 +165,8 @@ class RunDisplay:
         trained, tested = ({t: v for t, v in ordered if t.startswith(split)} for split in ("train/", "test/"))
         log = {tag: value for tag, value in ordered if tag not in tested}  # what a probe found too
         self._tested = tested or self._tested
-        parts = [*_parts(trained), *_parts(self._tested, "accuracy"), self._balance]
-        self._progress.update(self._task, latest=_as_fits(parts, self._room))
+        parts = [*_parts(trained), self._balance, *_parts(self._tested, "accuracy")]
+        self._progress.update(self._task, latest=_in_lines(parts, self._room))
         if not _draws(self.console) or tested:
             head = f"epoch {epoch:6.2f}/{self._num_epochs}  step {step:{self._width}d}"
             say(self.console, "  ".join([head, *_parts(trained), *_time_left(left), *_parts(tested)]))
@@ -184,14 +196,15 @@ def _draws(console: Console) -> bool:
     return console.is_terminal and not console.quiet
 
 
-def _as_fits(parts: Sequence[str], width: int) -> str:
-    """As many parts as fit, the first two in any case: the loss and the accuracy."""
-    text = "  ".join(parts[:2])
+def _in_lines(parts: Sequence[str], width: int) -> str:
+    """The parts, wrapped between them; the first two share a line in any case: the loss and the accuracy."""
+    lines = ["  ".join(parts[:2])]
     for part in filter(None, parts[2:]):
-        if len(text) + 2 + len(part) > width:
-            break
-        text += f"  {part}"
-    return text
+        if len(lines[-1]) + 2 + len(part) <= max(width, len(lines[0])):
+            lines[-1] += f"  {part}"
+        else:
+            lines.append(part)
+    return "\n".join(lines)
 
 
 def _time_left(seconds: float | None) -> list[str]:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 import jax
 
@@ -56,6 +56,7 @@ class RunPlan:
         device_memory: that it has; None where that is not known.
         batch_seconds: from one batch to the next, once the pipeline is full.
         speed_up: over backpropagation on one device as fast.
+        costs: seconds of every stage, of what the schedule counts, batches or micro-batches.
         idle: share of the time in which a device waits, of every device.
     """
 
@@ -68,6 +69,7 @@ class RunPlan:
     device_memory: int | None
     batch_seconds: float
     speed_up: float
+    costs: tuple[StageCost, ...]
     idle: tuple[float, ...]
 
     @property
@@ -78,6 +80,15 @@ class RunPlan:
     @property
     def image_seconds(self) -> float:
         return self.batch_seconds / self.settings.batch_size
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """Of every stage."""
+        return tuple(stage.device for stage in self.stages)
+
+    def volatile(self, k: int) -> int:
+        """Bytes of stage k that depend on what memos keep."""
+        return self.stages[k].forecast.memos + self.stages[k].scratch
 
 
 def bounds(pipe: Pipeline) -> list[tuple[int, int]]:
@@ -233,9 +244,3 @@ def needed(stages: Sequence[StagePlan], looped: bool) -> tuple[int, ...]:
         sum(s.forecast.total + looped * (s.forecast.memos + s.forecast.old_weights) for s in each) for each in groups
     ]
     return tuple(h + max(s.forecast.visit + s.scratch for s in each) for h, each in zip(held, groups, strict=True))
-
-
-def named(layers: Sequence[Layer]) -> str:
-    """Of a stage: "Conv, 2 x Block"."""
-    runs = [(name, len(list(run))) for name, run in groupby(layer.name for layer in layers)]
-    return ", ".join(name if count == 1 else f"{count} x {name}" for name, count in runs)

@@ -39,17 +39,16 @@ def overview(
     table: list[tuple[str, ...]] = [heads]
     for k, (start, stop) in enumerate(pairwise(bounds)):
         own = layers[start:stop]
-        names = [(name, len(list(run))) for name, run in groupby(layer.name for layer in own)]
         counts = [layer.num_params for layer in own if layer.num_params is not None]
         table.append(
             (
                 str(k),
                 f"{start}-{stop - 1}" if stop - start > 1 else str(start),
-                ", ".join(name if count == 1 else f"{count} x {name}" for name, count in names),
+                named(own),
                 f"{sum(counts):,}" if len(counts) == len(own) else "at init",
                 *(["at init" if added is None else f"{added[k]:,}"] if adds else []),
-                f"{delay(schedule)[k]} ticks",
-                f"{method.staleness(schedule)[k]} updates",
+                counted(delay(schedule)[k], "tick"),
+                counted(method.staleness(schedule)[k], "update"),
                 f"{devices[k].platform}:{devices[k].id}",
             )
         )
@@ -74,6 +73,17 @@ def overview(
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:.2f}"
+
+
+def named(layers: Sequence[Layer]) -> str:
+    """Of a stage: "Conv, 2 x Block"."""
+    runs = [(name, len(list(run))) for name, run in groupby(layer.name for layer in layers)]
+    return ", ".join(name if count == 1 else f"{count} x {name}" for name, count in runs)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 tick`, `2 ticks`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def columns(table: Sequence[Sequence[str]]) -> str:

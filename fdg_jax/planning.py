@@ -17,6 +17,7 @@ from fdg_jax.config import ConfigError, Settings
 from fdg_jax.engine.base import Engine
 from fdg_jax.estimates import RunPlan, StagePlan
 from fdg_jax.flops import backward_flops, layer_flops
+from fdg_jax.overview import named
 from fdg_jax.partition import assign_devices, even_cuts
 from fdg_jax.pipeline import Pipeline
 from fdg_jax.schedule import delay
@@ -48,18 +49,18 @@ class Planner:
     """Plans runs of one network on one data set, which may differ in all else.
 
     Args:
-        settings: of any of them.
+        settings: of any of them, of which none has larger batches.
         pace: of the devices.
         device_memory: bytes of a device, of which every stage gets one; by default those of this machine.
 
     Raises:
-        ConfigError: the data set or the network is not there.
+        ConfigError: the data set or the network is not there, or the data set has not one whole batch.
     """
 
     def __init__(self, settings: Settings, pace: Pace | None = None, device_memory: int | None = None):
         self.pace, self._device_memory = pace or Pace(), device_memory
         try:
-            self.image_shape, self.num_classes = data_shape(settings.data)
+            self.image_shape, self.num_classes = data_shape(settings.data, settings.batch_size)
             self._modules = models.abstract(lambda: make_layers(settings, self.image_shape, self.num_classes))
         except (ValueError, TypeError) as error:
             raise ConfigError(str(error)) from error
@@ -119,16 +120,16 @@ class Planner:
             device_memory=self._device_memory or estimates.memory_here(num_devices),
             batch_seconds=seconds,
             speed_up=(sum(forward) + sum(backward)) / seconds if seconds else 1.0,
+            costs=tuple(costs),
             idle=found.idle,
         )
 
-    @property
-    def memory_source(self) -> str:
-        """Where the memory of a device comes from, in words."""
+    def memory_source(self, num_devices: int) -> str:
+        """Where the memory of each of so many devices comes from, in words."""
         if self._device_memory is not None:
             return "--device_memory"
-        on_cpu = jax.devices()[0].platform == "cpu"
-        return "this machine's, shared by the devices" if on_cpu else "this machine's"
+        shared = num_devices > 1 and jax.devices()[0].platform == "cpu"
+        return f"this machine's, shared by the {num_devices} devices" if shared else "this machine's"
 
     def cuts(self, settings: Settings) -> str | tuple[int, ...]:
         """As `Pipeline` takes them; "balanced" by what is known of the layers' times."""
@@ -187,7 +188,7 @@ class Planner:
                 StagePlan(
                     start,
                     stop,
-                    estimates.named(layers),
+                    named(layers),
                     sum(layer.num_params or 0 for layer in layers) + pipe.extra_params[k],
                     forward_flops=ahead + added[k],
                     backward_flops=back + (3 if learns else 2) * added[k],

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fdg_jax.compare import compare
 from fdg_jax.config import default_config, resolve_comparison
-from fdg_jax.console import JsonLines, RunDisplay, describe_metrics, insist, say, voices, warn
+from fdg_jax.console import JsonLines, RunDisplay, describe_metrics, insist, say, telling, voices, warn
 
 VALUES = {"train/loss": 0.5, "train/accuracy": 0.875, "train/images_per_s": 12345.6}
 TESTED = {**VALUES, "test/loss": 0.25, "test/accuracy": 0.9}
@@ -63,16 +63,41 @@ def test_a_bar_on_a_terminal():
     assert re.search(r"\d:\d\d:\d\d left", bar)
 
 
-@pytest.mark.parametrize("width", [50, 60, 80, 120])
-def test_loss_and_accuracy_stay_visible_on_a_narrow_terminal(width):
-    text = shown(width=width, force_terminal=True)
-    bars = [bar for bar in re.split(r"[\r\n]", text) if "left" in bar and "epoch" not in bar and "loss" in bar]
-    assert bars
-    for bar in bars:
-        assert "loss 0.5000  accuracy 87.50 %" in bar
-        assert ("12,346 images/s" in bar) == (width >= 80)
-        assert "left" in bar
-        assert "…" not in bar
+@pytest.mark.parametrize("num_stages", [2, 4, 16])
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 160])
+def test_all_stays_visible_on_terminals_of_all_widths(width, num_stages):
+    """Also after a test, and of a long run; the first line has the loss, the accuracy and the time left."""
+    text, balance = io.StringIO(), [0.75, *[1.0] * (num_stages - 1)]
+    console = Console(file=text, width=width, color_system=None, force_terminal=True)
+    with RunDisplay(117300, 300, console, balance=balance) as display:
+        display.report(58000, 148.0, 1.0, TESTED)
+        display.advance(58000)
+    frame = text.getvalue()[text.getvalue().rindex("loss 0.5000  accuracy 87.50 %") :]
+    first, *more = (line for line in re.sub(r"\x1b\[\S*[a-zA-Z]|\r", "", frame).splitlines() if line.strip())
+    assert "58000/117300" in first
+    assert first.rstrip().endswith("left")
+    for part in ("12,346 images/s", "test accuracy 90.00 %"):
+        assert part in frame
+    assert f"stages {'/'.join(f'{100 * share:.0f}' for share in balance)} %" in frame or "stages 75-100 %" in frame
+    assert ("stages 75-100 %" in frame) == (num_stages == 16 and width <= 120)
+    assert all(len(line.rstrip()) <= width for line in (first, *more))
+    assert len(more) <= (1 if width >= 80 and num_stages < 16 else 2 if width >= 80 else 3)
+    assert "…" not in frame
+
+
+def test_what_takes_a_while_is_told_in_lines_where_nobody_watches():
+    text = io.StringIO()
+    with telling(Console(file=text, width=20), "planning every method") as tell:
+        tell("K = 1 of 8")
+    assert text.getvalue() == "planning every method\nplanning every method: K = 1 of 8\n"
+
+
+def test_and_in_one_place_on_a_terminal():
+    text = io.StringIO()
+    with telling(Console(file=text, width=60, force_terminal=True, color_system=None), "planning") as tell:
+        tell("K = 1 of 8")
+    assert "planning" in text.getvalue()
+    assert text.getvalue().endswith("\x1b[?25h\r\x1b[1A\x1b[2K")  # nothing is left, and the cursor is back
 
 
 def test_the_time_left_forgets_the_first_log():
@@ -192,7 +217,7 @@ def test_a_comparison_says_which_run_a_line_is_of(compared):
 def test_every_key_is_documented_and_every_documented_key_is_there(compared):
     """But for what a run says on occasion; `end` is main's own, see test_main.py."""
     rows, told = documented(), {line["event"]: set(line) - {"event", "run", "seed"} for line in compared[1]}
-    assert set(rows) == {*told, "end", "probe"}
+    assert set(rows) == {*told, "end", "probe", "trace"}
     for event, keys in told.items():
         assert keys == rows[event] - {"train/skipped"}, event
     named = set(re.findall(r"`([\w/]+)`", LOGS[LOGS.index("| key |") :]))

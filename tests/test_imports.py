@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fdg_jax"
 ROWS = [
-    ["names", "sealed", "lock", "allocator"],
+    ["names", "sealed", "lock", "allocator", "pauses"],
     [
         "schedule",
         "backward",
@@ -22,6 +22,7 @@ ROWS = [
         "corrections",
         "published",
         "provenance",
+        "commands",
     ],
     ["models.parts", "models.cuts", "stacking", "methods", "partition", "timeline", "data.source", "results", "plots"],
     [
@@ -39,8 +40,8 @@ ROWS = [
         "tally",
         "page",
     ],
-    ["models", "models.heads", "data", "data.cifar", "stage", "figures", "tables"],
-    ["data.tfds", "local", "flops"],
+    ["models", "models.heads", "data", "data.cifar", "stage", "trace_picture", "figures"],
+    ["data.tfds", "local", "flops", "comparisons"],
     ["engine.base"],
     ["engine.worker", "engine.switching", "recorder"],
     ["engine.mpmd", "forecast", "checks", "agreement"],
@@ -48,11 +49,11 @@ ROWS = [
     ["pipeline", "balance"],
     ["checkpoint", "config", "console", "feeding", "probe"],
     ["build", "saving", "flags", "estimates", "jobs"],
-    ["announce", "staleness", "tracing", "planning"],
-    ["resume", "report", "alternatives"],
-    ["train", "reproduce", "plan"],
-    ["compare"],
-    ["main"],
+    ["announce", "staleness", "expected", "planning", "summary", "tables"],
+    ["resume", "tracing", "report", "alternatives", "plan_files"],
+    ["train", "reproduce", "remedies"],
+    ["compare", "plan_text"],
+    ["main", "plan"],
 ]
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}
 PLACES = {

@@ -75,6 +75,16 @@ def test_what_is_shown_is_the_forecast():
         assert forecast.peak > forecast.total > 0
 
 
+def test_one_is_not_plural():
+    shown = make_pipeline(resnet(), num_stages=3, method=methods.fdg(0.5)).show()
+    rows = [line for line in shown.splitlines() if " ticks " in line or " tick " in line]
+    assert [row.split()[-5:-1] for row in rows] == [
+        ["4", "ticks", "3", "updates"],
+        ["2", "ticks", "1", "update"],
+        ["0", "ticks", "0", "updates"],
+    ]
+
+
 def kept(network, cuts, batch_size, **kwargs):
     """Of a memo of stage 0: bytes of its maps and of its small vectors, and the trace that makes it."""
     pipe = make_pipeline(network, cuts=cuts, **kwargs)

@@ -1,6 +1,9 @@
 """The plan of a run against the pipeline that it plans, work counted by hand, and remedies that are tried out."""
 
+import json
 import math
+import os
+import signal
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -15,15 +18,30 @@ from PIL import Image
 
 from benchmarks.predicted import forward_flops
 from fdg_jax import estimates, models, plan
-from fdg_jax.alternatives import Remedies, Remedy, cheapest, sweep
+from fdg_jax.alternatives import sweep
+from fdg_jax.backward import resolve_remat
 from fdg_jax.build import build, example_images
-from fdg_jax.config import ConfigError, DataSettings, MethodSettings, ModelSettings, Settings, default_config, resolve
+from fdg_jax.config import (
+    ConfigError,
+    DataSettings,
+    MethodSettings,
+    ModelSettings,
+    Settings,
+    default_config,
+    make_method,
+    resolve,
+)
 from fdg_jax.flops import count_flops, layer_flops
 from fdg_jax.layers import Conv, Linear, relu
 from fdg_jax.methods import PRESETS
+from fdg_jax.partition import even_cuts
+from fdg_jax.plan_files import check_writable, window
+from fdg_jax.plan_text import advise, compare, describe, stage_rows
 from fdg_jax.planning import Pace, Planner
+from fdg_jax.remedies import CHANGES, Remedies, Remedy
 from fdg_jax.schedule import delay
 from fdg_jax.stage import as_layers
+from fdg_jax.trace import shares
 
 MLP = Settings(
     num_stages=3,
@@ -230,12 +248,17 @@ def tight():
     return room, now, list(Remedies(narrow, now).all())
 
 
+def keys(remedy):
+    """What a remedy's flags set."""
+    return [flag.removeprefix("--config.").split("=")[0] for flag in remedy.flags]
+
+
 def test_remedies_that_fit_do_when_they_are_applied(tight):
     room, now, remedies = tight
     assert not now.fits
     fitting = [remedy for remedy in remedies if remedy.fits]
-    assert {remedy.kind for remedy in fitting} >= {"policy", "batch"}
-    for remedy in {remedy.kind: remedy for remedy in fitting}.values():
+    assert {remedy.changes[-1] for remedy in fitting} >= {"method.policy", "batch_size"}
+    for remedy in {remedy.changes[-1]: remedy for remedy in fitting}.values():
         settings = applied(remedy.flags)
         assert settings == remedy.plan.settings
         pipe, _ = ready(settings)
@@ -243,45 +266,168 @@ def test_remedies_that_fit_do_when_they_are_applied(tight):
         assert max(f.peak + more for f, more in zip(pipe.forecasts, scratch, strict=True)) <= room
 
 
-def test_every_kind_is_tried_and_the_advice_names_the_cheapest(tight):
+def test_every_kind_is_tried_and_the_advice_names_the_best_and_a_smaller_batch(tight):
     _, _, remedies = tight
-    assert {remedy.kind for remedy in remedies} == {"remat", "policy", "stages", "batch"}
-    best = cheapest(remedies)
-    assert best.fits
-    assert best.cost <= 1.02 * min(remedy.cost for remedy in remedies if remedy.fits)
-    text = plan.advise(remedies)
-    assert text.splitlines()[-1].startswith(f"cheapest: {' '.join(best.flags)} needs ")
-    assert all(" ".join(remedy.flags) in text for remedy in remedies)
+    assert {key for remedy in remedies for key in keys(remedy)} == {
+        *("remat", "method.policy", "cuts", "num_stages", "batch_size")
+    }
+    best, text = min(remedies), advise(remedies)
+    smaller = min(remedy for remedy in remedies if remedy.fits and "batch_size" in keys(remedy))
+    *_, named, _, words, other, needs, changed = text.splitlines()
+    assert named == f"best: {' '.join(best.flags)}"
+    assert words == "      late gradients meet today's weights"
+    assert other == f"or:   {' '.join(smaller.flags)}"
+    assert needs.endswith("cost 2.00")
+    assert "noisier gradients" in changed
+    rows = [line.split("  ")[0] for line in text.splitlines()[1 : 1 + len(remedies)]]
+    assert rows == [" ".join(remedy.flags) for remedy in sorted(remedies)]
 
 
-def test_more_devices_and_longer_times_cost_and_gains_earn_nothing(tight):
+class OnPaper:
+    """A planner by sums: six layers as long, memos as delays and images, of which "convs" keeps 60 %, "full" 25 %.
+
+    Stage 0 of three needs 90 kB, of which 80 are memos, stage 1 50, of which 40 are, stage 2 10.
+    """
+
+    layers = [None] * 6
+    asked = Settings(num_stages=3, cuts=(2, 4), batch_size=100, method=MethodSettings("fdg"))
+
+    def __init__(self, found, device_memory):
+        self.found, self.device_memory = found, device_memory
+
+    def remedies(self, **changes):
+        return Remedies(self, self.plan(replace(self.asked, **changes)))
+
+    def balanced(self, settings):
+        return even_cuts([1] * 6, settings.num_stages)
+
+    def plan(self, settings):
+        method, k = make_method(settings.method), settings.num_stages
+        cuts = self.balanced(settings) if settings.cuts == "layers" else settings.cuts
+        words, delays = resolve_remat(settings.remat, k, method.policy), delay(method.schedule(k))
+        stages, seconds = [], []
+        for n, (start, stop) in enumerate(pairwise((0, *cuts, 6))):
+            again = words[n] == "full" or (method.policy == "recompute" and delays[n] > 0)
+            part = 0.1 if method.policy == "recompute" else {"none": 1, "convs": 0.6, "full": 0.25}[words[n]]
+            memos = int(part * 100 * settings.batch_size * (stop - start) * delays[n])
+            forecast = replace(self.found.stages[0].forecast, memos=memos)
+            device = 0 if settings.engine == "fused" else n
+            held = {"device": device, "forecast": forecast, "scratch": 50 * settings.batch_size * (stop - start)}
+            stages.append(replace(self.found.stages[0], start=start, stop=stop, delay=delays[n], **held))
+            seconds.append((4 if again else 3) * settings.batch_size * (stop - start))
+        needs = [0] * (1 if settings.engine == "fused" else k)
+        for stage in stages:
+            needs[stage.device] += stage.forecast.memos + stage.scratch
+        facts = {"settings": settings, "method": method, "cuts": cuts, "stages": tuple(stages), "memory": tuple(needs)}
+        return replace(self.found, **facts, device_memory=self.device_memory, batch_seconds=max(seconds))
+
+
+@pytest.fixture
+def on_paper(planner):
+    return lambda device_memory: OnPaper(planner.plan(MLP), device_memory)
+
+
+def test_memory_is_found_where_it_is_missing_and_nowhere_else(on_paper):
+    """Device 0 alone is too full: its memos keep less, step by step; no value changes, though a smaller batch fits."""
+    paper = on_paper(55_000)
+    now = paper.remedies().now
+    assert now.memory == (90_000, 50_000, 10_000)
+    remedies = list(paper.remedies().all())
+    remats = [remedy for remedy in remedies if remedy.changes == ("remat",)]
+    assert [r.flags for r in remats] == [(f"--config.remat={word},none,none",) for word in ("convs", "full")]
+    assert [r.fits for r in remats] == [False, True]
+    assert min(remedies) == remats[-1]
+    assert remats[-1].cost == pytest.approx(4 / 3)
+    assert [r for r in remedies if r.fits and keys(r) == ["batch_size"]]
+    assert not [r for r in remedies if len(keys(r)) > 1 and "batch_size" in keys(r)]
+
+
+def test_every_device_that_is_too_full_is_relieved(on_paper):
+    words = [remedy.plan.settings.remat for remedy in on_paper(45_000).remedies().all() if keys(remedy) == ["remat"]]
+    assert words == ["convs,convs,none", "full,convs,none"]
+
+
+def test_stages_that_share_a_device_are_relieved_one_by_one_the_fullest_first(on_paper):
+    tried = on_paper(1).remedies(engine="fused").all()
+    words = [remedy.plan.settings.remat for remedy in tried if keys(remedy) == ["remat"]]
+    assert words[:3] == ["convs,none,none", "full,none,none", "full,convs,none"]
+    assert words[-1] == "full,full,full"
+
+
+def test_where_only_smaller_batches_fit_remat_keeps_them_larger(on_paper):
+    remedies = list(on_paper(15_000).remedies().all())
+    fitting = {tuple(keys(remedy)): remedy for remedy in remedies if remedy.fits}
+    assert set(fitting) == {("batch_size",), ("remat", "batch_size"), ("batch_size", "method.policy")}
+    assert fitting["remat", "batch_size"].flags == ("--config.remat=full,full,none", "--config.batch_size=50")
+    assert fitting["remat", "batch_size"].cost == pytest.approx(2 * 4 / 3)
+    assert fitting["batch_size",].flags == ("--config.batch_size=12",)
+    assert fitting["batch_size",].cost == pytest.approx(100 / 12)
+    assert min(remedies).plan.settings.batch_size == 50
+
+
+def test_layers_leave_the_fullest_stage_as_long_as_that_helps(on_paper):
+    """From four layers of stage 0 to two, 36 kB to 18; with one layer less, stage 1 needs 21."""
+    lean = {"method": MethodSettings("fdg", policy="recompute")}
+    needs = [max(on_paper(1).remedies(**lean, cuts=cuts).now.memory) for cuts in ((4, 5), (3, 5), (2, 4), (1, 4))]
+    assert needs == [36_000, 27_000, 18_000, 21_000]
+    (found,) = (r for r in on_paper(1).remedies(**lean, cuts=(4, 5)).all() if keys(r) == ["cuts"])
+    assert found.plan.cuts == (2, 4)
+
+
+def test_nothing_is_late_in_one_stage_so_that_no_policy_is_tried(on_paper):
+    tried = list(on_paper(1).remedies(num_stages=1, cuts="layers").all())
+    assert not [remedy for remedy in tried if "method.policy" in keys(remedy)]
+    assert [remedy for remedy in tried if "remat" in keys(remedy)]
+
+
+def test_where_nothing_fits_all_is_tried_down_to_one_image(on_paper):
+    remedies = list(on_paper(1).remedies().all())
+    assert not any(remedy.fits for remedy in remedies)
+    assert [r.flags[:-1] for r in remedies if r.plan.settings.batch_size == 1] == [(), ("--config.batch_size=1",)]
+    assert "nothing that was tried fits" in advise(remedies)
+
+
+def test_words_a_stage_of_a_run_that_is_given_some_become_one_for_another_number_of_stages(on_paper):
+    tried = list(on_paper(1).remedies(remat="full,none,none").all())
+    assert {r.plan.settings.remat for r in tried if "num_stages" in keys(r) and "batch_size" not in keys(r)} == {"full"}
+
+
+def test_what_takes_longer_or_more_devices_or_updates_costs_and_gains_earn_nothing(tight):
     _, now, remedies = tight
     tried = [remedy for remedy in remedies if remedy.plan]
     assert {len(remedy.plan.memory) for remedy in tried} > {1, 3, 4}
     for remedy in tried:
         slower = remedy.plan.image_seconds / now.image_seconds
         devices = len(remedy.plan.memory) / len(now.memory)
-        assert remedy.cost >= max(1, slower, devices)
-        assert remedy.cost == pytest.approx(1) or max(slower, devices) > 1
+        updates = now.settings.batch_size / remedy.plan.settings.batch_size
+        assert remedy.cost == pytest.approx(max(1, slower) * max(1, devices) * max(1, updates))
+        assert remedy.cost >= 2 or "batch_size" not in keys(remedy)
 
 
-def test_among_equals_the_one_that_changes_least(planner):
+def test_the_better_remedy_is_that_of_the_rule(planner):
     fits = replace(planner.plan(MLP), device_memory=2**60)
-    kinds = [Remedy(kind, (kind,), "", fits) for kind in ("batch", "stages", "policy", "remat")]
-    assert cheapest(kinds).kind == "remat"
-    assert cheapest(kinds[:2]).kind == "stages"
-    dear = replace(kinds[-1], cost=1.3)
-    assert cheapest([*kinds[:-1], dear]).kind == "policy"
-    assert cheapest([replace(kinds[0], plan=replace(fits, device_memory=0)), dear]) is dear
-    assert cheapest([]) is None
+    near = [Remedy((f"--config.{key}=1",), fits) for key in CHANGES]
+    assert sorted(near[2:] + near[:2]) == near
+    remat, policy, *_, batch = near
+    assert replace(remat, cost=3.0) < policy  # what changes no value, at any cost
+    assert replace(batch, cost=1.1) < replace(policy, cost=1.3)
+    assert batch < replace(remat, plan=replace(fits, device_memory=1))  # what fits
+    assert replace(remat, plan=replace(fits, device_memory=1)) < replace(batch, plan=None)
 
 
-def test_where_nothing_fits_the_leanest_is_tried_with_smaller_batches():
-    narrow = Planner(MLP, device_memory=10)
-    remedies = list(Remedies(narrow, narrow.plan(MLP)).all())
-    assert len(remedies[-1].flags) > 1
-    assert remedies[-1].flags[-1] == "--config.batch_size=1"
-    assert "nothing that was tried fits" in plan.advise(remedies)
+def test_the_timeline_is_that_of_the_full_pipeline(planner):
+    """In seconds: visits do not overlap, and devices compute as much of the time as the plan says."""
+    for method in (MethodSettings("fdg"), MethodSettings("gpipe", micro_batches=4), MethodSettings("bp")):
+        found = planner.plan(replace(MLP, method=method))
+        timeline = window(found)
+        assert sorted(timeline.lanes) == [0, 1, 2]
+        for device, share in shares(timeline).items():
+            assert share.compute == pytest.approx(100 * (1 - found.idle[device]), abs=0.01)
+            assert share.transfer == 0
+            assert all(a.end <= b.start + 1e-12 for a, b in pairwise(timeline.lanes[device]))
+        updates = [box for box in timeline.lanes[0] if any(op.kind == "U" for op in box.ops)]
+        assert updates
+        assert all(b.end - a.end == pytest.approx(found.batch_seconds) for a, b in pairwise(updates))
 
 
 def test_the_sweep_has_a_row_for_every_method_and_k(planner):
@@ -310,13 +456,13 @@ def test_memory_that_a_device_does_not_tell_is_not_known(planner, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [silent] * 3)
     found = replace(found, device_memory=estimates.memory_here(3))
     assert found.fits
-    text = plan.describe(found, planner)
+    text = describe(found, planner)
     assert "this device does not say how much it has: give --device_memory" in text
     assert "FIT" not in text
 
 
 def test_one_is_not_plural(planner):
-    assert plan.stage_rows(planner.plan(MLP))[2][7:9] == ("2 ticks", "1 update")
+    assert stage_rows(planner.plan(MLP))[2][7:9] == ("2 ticks", "1 update")
 
 
 IN_PROCESS = pytest.mark.filterwarnings("ignore:.*load_module.*:DeprecationWarning")  # by ml_collections
@@ -352,14 +498,22 @@ def test_the_command_prints_the_plan_and_draws_it_twice_alike(command, tmp_path,
     texts, files = [], []
     for turn in ("one", "two"):
         folder = tmp_path / turn
-        status, out, _ = command(*ARGUMENTS, "--device_memory=3KiB", "--flops_per_second=1e9", f"--out={folder}")
+        status, out, err = command(*ARGUMENTS, "--device_memory=3KiB", "--flops_per_second=1e9", f"--out={folder}")
         assert status == 0
+        assert err == "looking for remedies\n"
         texts.append(out.replace(str(folder), ""))
-        files.append([(folder / f"schedule.{suffix}").read_bytes() for suffix in ("png", "svg")])
+        files.append([(folder / name).read_bytes() for name in DRAWN])
     assert texts[0] == texts[1]
     assert files[0] == files[1]
-    with Image.open(tmp_path / "one" / "schedule.png") as image:
-        image.verify()
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == sorted(DRAWN)
+    for name in DRAWN[:2]:
+        with Image.open(tmp_path / "one" / name) as image:
+            image.verify()
+    events = json.loads(files[0][3])["traceEvents"]
+    percents = [event["args"]["percent"] for event in events if event["name"] == "shares"]
+    rows = [line.split() for line in texts[0].splitlines() if line.startswith("planned")]
+    assert [float(row[3]) for row in rows] == [round(each["compute"], 1) for each in percents]
+    assert max(each["compute"] for each in percents) == pytest.approx(100)
     for words in (
         "fdg(beta=0.5, policy=stash), 2 stages",
         "B0 U F2",
@@ -370,16 +524,52 @@ def test_the_command_prints_the_plan_and_draws_it_twice_alike(command, tmp_path,
         assert words in texts[0]
 
 
+DRAWN = "schedule.png", "timeline.png", "schedule.svg", "trace.json"
+
+
 @IN_PROCESS
-def test_the_sweep_prints_a_table(command, planner, monkeypatch):
-    rows = [(1, "bp", planner.plan(replace(MLP, num_stages=1))), (2, "gpipe", "a reason")]
-    monkeypatch.setattr(plan, "sweep", lambda *_: rows)
-    status, out, _ = command(*ARGUMENTS, "--sweep")
-    head, first, second = out.split("\n\n")[0].splitlines()
+def test_one_device_shares_its_memory_with_nobody(command):
+    apart, together = (command(*ARGUMENTS, f"--config.engine={engine}")[1] for engine in ("mpmd", "fused"))
+    assert "(this machine's, shared by the 2 devices)" in apart
+    assert "(this machine's)" in together
+
+
+@IN_PROCESS
+def test_the_sweep_prints_a_table_and_says_how_far_it_is(command, planner, monkeypatch):
+    monkeypatch.setattr(plan, "sweep", lambda planner, settings, numbers: [(k, "gpipe", "a reason") for k in numbers])
+    monkeypatch.setattr(plan, "MOST_STAGES", 2)
+    status, out, err = command(*ARGUMENTS, "--sweep")
+    head, _, first, _, second, *_ = out.splitlines()
     assert status == 0
     assert head.split() == ["K", "method", "cuts", "s", "a", "batch", "speed-up", "idle", "staleness", "MiB"]
-    assert first.split()[:2] == ["1", "bp"]
-    assert second.split() == ["2", "gpipe", *["-"] * 6, "a", "reason"]
+    assert first.split() == ["1", "gpipe", *["-"] * 6, "a", "reason"]
+    assert second.split()[0] == "2"
+    assert err.splitlines() == ["planning every method", *(f"planning every method: K = {k} of 2" for k in (1, 2))]
+
+
+def test_the_best_of_a_sweep_fits_and_is_marked(planner):
+    """Under every K from the fastest that fits to what is refused, and the flags that ask for the best of all."""
+    slow, fast = (planner.plan(replace(MLP, method=MethodSettings(name))) for name in ("bp", "ddg"))
+    one = planner.plan(replace(MLP, num_stages=1))
+    too_large = replace(fast, device_memory=1, speed_up=9.0)
+    found = [(3, "no", "a reason"), (3, "large", too_large), (3, "bp", slow), (3, "ddg", fast), (1, "fdg", one)]
+    table, _, end = compare(found, MLP).rpartition("\n\n")
+    rows = [line.split() for line in table.splitlines()[1:]]
+    assert [row[1] if row else "" for row in rows] == ["", "fdg", "", "ddg", "bp", "large", "no"]
+    assert [row[-1] for row in rows if row and row[-1] == "best"] == ["best"]
+    assert rows[3][-1] == "best"
+    words, flags = end.splitlines()
+    assert words.startswith("best: ddg(policy=stash) with 3 stages")
+    assert flags.split() == ["--config.method.name=ddg", "--config.method.beta=1.0"]
+    assert "nothing fits" in compare(found[:2], MLP)
+
+
+def test_of_equally_fast_methods_the_one_with_fewer_stages_or_less_delay_is_the_best(planner):
+    late = planner.plan(MLP)
+    fresh = replace(late, stages=(replace(late.stages[0], staleness=0), *late.stages[1:]))
+    fewer = replace(late, stages=late.stages[:2])
+    assert "ddg" in compare([(3, "fdg", late), (3, "ddg", fresh)], MLP).split(" best\n")[0].splitlines()[-1]
+    assert "ddg" in compare([(3, "fdg", fresh), (2, "ddg", fewer)], MLP).split(" best\n")[0].splitlines()[-1]
 
 
 @IN_PROCESS
@@ -388,6 +578,12 @@ def test_the_sweep_prints_a_table(command, planner, monkeypatch):
     [
         ([*ARGUMENTS, "--config.num_stages=9"], "num_stages must lie in 1.."),
         ([*ARGUMENTS, "--config.method.name=fgd"], "unknown method 'fgd'; did you mean 'fdg'?"),
+        ([*ARGUMENTS, "--config.batch_size=5000"], "batch_size must be at most 1437, the training images of digits"),
+        ([*ARGUMENTS, "--device_memory=.."], "must be a size such as 40GiB or 16GB; got '..'"),
+        ([*ARGUMENTS, "--device_memory=1.2.3GiB"], "must be a size such as 40GiB or 16GB; got '1.2.3GiB'"),
+        ([*ARGUMENTS, "--sweeep"], "did you mean 'sweep'"),
+        ([*ARGUMENTS, "--flops_per_second=1e-310"], "must be operations a second, such as 5e12; got '1e-310'"),
+        ([*ARGUMENTS, f"--out={__file__}"], "cannot write to --out="),
         ([*ARGUMENTS, "--device_memory=12xB"], "must be a size such as 40GiB or 16GB; got '12xB'"),
         ([*ARGUMENTS, "--device_memory=8"], "must have a unit, such as 8GiB; got '8', which is in bytes"),
         ([*ARGUMENTS, "--sweep", "--out=x"], "--out draws one schedule, and --sweep plans many"),
@@ -408,12 +604,29 @@ def test_wrong_input_gets_one_line(arguments, words, command):
 
 
 @IN_PROCESS
-def test_an_interrupt_ends_it_in_a_line(command, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
+def test_an_interrupt_ends_it_in_a_line_also_in_a_callback(command, monkeypatch):
+    """Where Python ignores exceptions, as in the callbacks of weak references, of which tracing has thousands."""
 
-    monkeypatch.setattr(plan, "run", interrupted)
-    assert command(*ARGUMENTS) == (130, "", "fdg_jax: stopped\n")
+    class Dropped:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    ended = []
+    monkeypatch.setattr(plan, "run", lambda *_: Dropped() and None)
+    monkeypatch.setattr(plan.os, "_exit", ended.append)
+    before = signal.getsignal(signal.SIGINT)
+    assert command(*ARGUMENTS)[1:] == ("", "fdg_jax: stopped\n")
+    assert ended == [130]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_folder_is_checked_and_not_made(tmp_path):
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "a" / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    for bad in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(ConfigError, match=r"^cannot write to --out=.*: Not a directory; choose another$"):
+            check_writable(bad)
 
 
 @pytest.mark.parametrize(
