@@ -60,6 +60,10 @@ class Job:
         return shlex.join(("python", *self.command[1:]))
 
     @property
+    def epochs(self) -> int:
+        return TIMED_EPOCHS if self.timed else SCALES[self.scale].epochs
+
+    @property
     def finished(self) -> bool:
         return (self.folder / "params").is_dir()  # written last
 
@@ -83,7 +87,7 @@ Runner = Callable[[Job, list[int]], str | None]  # of a job and the signals rece
 
 
 def make_jobs(table: str, scale: str, seeds: Sequence[int], workdir: Path, data: dict[str, str]) -> list[Job]:
-    """A job a cell and seed, in the table's order, then one a place that wants its time alone, of the first seed.
+    """A job a cell and seed, in the table's order, then one a place that wants its time alone, of seed 0.
 
     Args:
         table: one of `published.TABLES`.
@@ -105,8 +109,8 @@ def make_jobs(table: str, scale: str, seeds: Sequence[int], workdir: Path, data:
             own = folder / f"seed{seed}"
             jobs.append(Job(home, scale, seed, own, _command(key, scale, seed, own, data)))
     for key in [key for key in to_time(table) if key.method in PRESETS]:
-        own = workdir / table / f"{name_of(key)}_time" / f"seed{seeds[0]}"
-        jobs.append(Job(key, scale, seeds[0], own, _command(key, scale, seeds[0], own, data, True), True))
+        own = workdir / table / f"{name_of(key)}_time" / "seed0"  # whatever the seeds: it makes no difference to a time
+        jobs.append(Job(key, scale, 0, own, _command(key, scale, 0, own, data, timed=True), timed=True))
     return jobs
 
 

@@ -16,7 +16,7 @@ from fdg_jax.plots import save
 from fdg_jax.published import TABLES, TITLES, cells
 from fdg_jax.results import Run, find
 from fdg_jax.sealed import replace_text
-from fdg_jax.tally import Group, Task, by_task
+from fdg_jax.tally import Group, Task, by_task, task_of
 
 OWN_PICTURES = {  # that a run may have drawn itself
     "trace.png": "When each device did what, planned and measured",
@@ -42,17 +42,18 @@ def write(runs: Sequence[Run], out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     for old in [path for path in out.iterdir() if DRAWN.fullmatch(path.name) and path.is_file()]:
         old.unlink()
-    tasks = by_task(run for run in runs if not run.timed)
+    tasks = by_task(runs)
     sections = [section for table in TABLES for section in _published(table, runs)]
     curves = (learning_curves(f"curves_{n}", task.title, own) for n, (task, own) in enumerate(tasks.items()))
     learning = _separated(tasks) + _drawn(curves, out, "Nothing was measured yet.")
-    sections.append(("Learning curves, as Figure 3", learning))
+    sections += [("Learning curves, as Figure 3", learning)] if tasks else []
     compared = [picture for n, (task, own) in enumerate(tasks.items()) for picture in comparisons.draw(n, task, own)]
     if compared:
         sections.append(("Shrinking factors and stages, as Figure 4", _mixed(tasks) + _drawn(compared, out)))
     if inside := _drawn(_staleness(runs), out) + _own_pictures(runs):
         sections.append(("Inside single runs", inside))
-    sections += [("Runs by method", tables.by_method(tasks)), ("Every run", tables.every_run(runs))]
+    sections += [("Runs by method", tables.by_method(tasks))] if tasks else []
+    sections.append(("Every run", tables.every_run(runs)))
     path = out / "index.html"
     replace_text(path, page.page("What the runs came to", _summary(runs), sections))
     return path
@@ -79,14 +80,20 @@ def notes(runs: Iterable[Run]) -> list[str]:
 
 def _loud(scale: str, runs: Sequence[Run]) -> str:
     """What runs of less than the papers' task are."""
-    ran = sorted({task.ran for task in by_task(runs)})
+    trained, timed = [run for run in runs if not run.timed], [run for run in runs if run.timed]
+    lines = [
+        f"{_described(trained)} stand in for cells of the papers' tables. Their errors say that everything runs, not "
+        "whether the papers' figures are met."
+    ] * bool(trained) + [f"{_described(timed)} for the time alone."] * bool(timed)
+    return page.warning(f"Scale {scale}: this is not the papers' task", "".join(map(page.paragraph, lines)))
+
+
+def _described(runs: Sequence[Run]) -> str:
+    """How many there are, of how many epochs, of which network on which images."""
+    ran = sorted({task_of(run).ran for run in runs})
     epochs = " or ".join(sorted({str(run.setting("epochs", "?")) for run in runs}))
     epochs += " epoch" if epochs == "1" else " epochs"
-    text = (
-        f"{_count(len(runs), 'run')} of {epochs} ({'; '.join(ran)}) stand in for cells of the papers' tables. "
-        "Their errors say that everything runs, not whether the papers' figures are met."
-    )
-    return page.warning(f"Scale {scale}: this is not the papers' task", page.paragraph(text))
+    return f"{_count(len(runs), 'run')} of {epochs} ({'; '.join(ran)})"
 
 
 def _published(table: str, runs: Sequence[Run]) -> Iterator[tuple[str, str]]:

@@ -34,7 +34,7 @@ Scales:
   short  the papers' networks on CIFAR, 24 epochs instead of 300, the rate dropping in proportion, three seeds.
   full   the files of experiments/, which are the papers' recipe: 300 epochs, three seeds.
 
-Of a place whose time alone is published (WRN-28-10 in table4), two epochs are run, with the first seed.
+Of a place whose time alone is published (WRN-28-10 in table4), two epochs are run, of seed 0.
 
 A late gradient is answered with the weights of its forward, as the papers' theory has it (policy stash). Their released
 code takes those of today: for that, add --config.method.policy=current and another --workdir to a command that
@@ -66,12 +66,14 @@ def run_all(jobs: Sequence[Job], runner: Runner, received: list[int]) -> dict[Jo
     for job in jobs:
         if job.finished:
             job.tidy()
-            done.append((job.key.network, read(job.folder).seconds or 0.0))
+            if not (job.folder / "cell.json").exists():  # its command was run by hand
+                job.begin()
+            done.append((job.key.network, (read(job.folder).seconds or 0.0) / job.epochs))
     runs = f"{len(jobs)} run{'' if len(jobs) == 1 else 's'}"
     print(f"{len(done)} of {runs} finished already" if done else runs, flush=True)
     for number, job in enumerate(waiting):
         start = time.monotonic()
-        left = time_left(done, [each.key.network for each in waiting[number:]])
+        left = time_left(done, [(each.key.network, each.epochs) for each in waiting[number:]])
         clock = f"{_hours(start - began)} so far, {'no estimate yet' if left is None else f'about {_hours(left)} left'}"
         print(f"cell {1 + order.index(job.key)} of {len(order)}  {job}  ({clock})", flush=True)
         job.begin()
@@ -84,19 +86,25 @@ def run_all(jobs: Sequence[Job], runner: Runner, received: list[int]) -> dict[Jo
             print(f"    failed: {reason}", flush=True)
         else:
             job.tidy()
-            done.append((job.key.network, time.monotonic() - start))
-            print(f"    {_outcome(job)} after {_hours(done[-1][1])}", flush=True)
+            took = time.monotonic() - start
+            done.append((job.key.network, took / job.epochs))
+            print(f"    {_outcome(job)} after {_hours(took)}", flush=True)
         if received:
             break
     return failed
 
 
-def time_left(done: Sequence[tuple[str, float]], waiting: Sequence[str]) -> float | None:
-    """Seconds that runs of these networks will take, by those of the same network, or of all where there are none."""
+def time_left(done: Sequence[tuple[str, float]], waiting: Sequence[tuple[str, int]]) -> float | None:
+    """Seconds that runs will take, by those of the same network, or by all where there are none.
+
+    Args:
+        done: network and seconds an epoch.
+        waiting: network and epochs.
+    """
     if not done:
         return None
-    own = {network: [seconds for each, seconds in done if each == network] for network in waiting}
-    return sum(statistics.mean(own[network] or [seconds for _, seconds in done]) for network in waiting)
+    own = {network: [seconds for each, seconds in done if each == network] for network, _ in waiting}
+    return sum(epochs * statistics.mean(own[network] or [s for _, s in done]) for network, epochs in waiting)
 
 
 def _outcome(job: Job) -> str:
@@ -142,7 +150,7 @@ def main(arguments: Sequence[str] | None = None, runner: Runner = run_process) -
         jobs = _chosen(make_jobs(asked.table, asked.scale, seeds, workdir, data), asked.only)
         _check_scale(workdir, asked.scale)
         if asked.dry_run:
-            print("\n".join(job.typed for job in jobs if not job.finished))
+            print(*[job.typed + "\n" for job in jobs if not job.finished], sep="", end="")
             return 0
         with _held(workdir / asked.table):
             return _carry_out(asked.table, asked.scale, workdir, jobs, runner)

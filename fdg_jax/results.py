@@ -134,7 +134,7 @@ def find(paths: Iterable[Path | str]) -> list[Run]:
         if not path.is_dir():
             wrong = f"{path} is not a folder" if path.exists() else f"there is no folder {path}"
             raise ValueError(f"{wrong}; name folders of runs, or ones above them like runs/")
-        folders = [path] if _is_run(path) else sorted(below for below in path.rglob("*") if _is_run(below))
+        folders = sorted(folder for folder in (path, *path.rglob("*")) if _is_run(folder))
         if not folders:
             raise ValueError(f"there is no run in {path}: a run has a config.json or a metrics.jsonl; try runs/")
         for folder in folders:
@@ -146,7 +146,10 @@ def read(workdir: Path) -> Run:
     """The run in a folder; what is not there or cannot be read becomes a note."""
     notes: list[str] = []
     settings = _json(workdir / "config.json", dict, notes, "its settings are not known")
-    starts = [start for start in _json(workdir / "run.json", list, notes, UNKNOWN) if isinstance(start, dict)]
+    if not _is_as_written(settings):
+        notes.append("config.json is not as a run writes it: its settings are not known")
+        settings = {}
+    starts = [start for start in _json(workdir / "run.json", list, notes, UNKNOWN) if _is_start(start)]
     cell = _json(workdir / "cell.json", dict, notes, "") if (workdir / "cell.json").exists() else {}
     command, scale = cell.get("command") or (starts[-1].get("command") if starts else None), cell.get("scale")
     lines = _lines(workdir / "metrics.jsonl", notes)
@@ -178,6 +181,22 @@ def _json(path: Path, kind: type, notes: list[str], loss: str) -> Any:
     except (OSError, ValueError):
         notes.append(f"{path.name} cannot be read" + (f": {loss}" if loss else ""))
     return kind()
+
+
+def _is_as_written(settings: Mapping[str, Any]) -> bool:
+    """Whether what is read of it, and there, is of its kind."""
+    sections = [settings.get(name, {}) for name in ("method", "model", "data")]
+    names = [section.get(name, "") for section in sections if isinstance(section, Mapping) for name in ("name", "path")]
+    numbers = [settings.get(name, 0) for name in ("seed", "epochs", "batch_size", "num_stages")]
+    return (
+        all(isinstance(section, Mapping) for section in sections)
+        and all(isinstance(name, str | None) for name in names)
+        and all(is_number(number) for number in numbers)
+    )
+
+
+def _is_start(start: Any) -> bool:
+    return isinstance(start, dict) and isinstance(start.get("devices", {}), dict)
 
 
 def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:

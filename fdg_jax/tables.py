@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from fdg_jax import page
 from fdg_jax.by_name import own_default
-from fdg_jax.jobs import SCALES, name_of
+from fdg_jax.jobs import SCALES, TIMED_EPOCHS, name_of
 from fdg_jax.methods import POLICY
 from fdg_jax.published import TABLES, Cell, Key, cells, to_run, to_time
 from fdg_jax.results import Run
@@ -33,7 +33,7 @@ ANSWERS = {
 TIMES_NOTE = (
     "Of the training alone, without compilation and evaluation, the median over seeds and betas; in percent where BP "
     "ran on devices of the same kind. The paper's percents are of Tesla K80; its seconds, which the repository prints, "
-    "are of hardware that it does not name."
+    f"are of hardware that it does not name. Where no error is published, ours are of runs of {TIMED_EPOCHS} epochs."
 )
 
 P = TypeVar("P", Key, Place)
@@ -42,7 +42,10 @@ P = TypeVar("P", Key, Place)
 def of_cells(table: str, runs: Sequence[Run], scale: str | None) -> str:
     """A table of the papers with the runs that were made for it at a scale; a cell without any says so."""
     ours = {key: of_cell(runs, key, scale) for key in to_run(table)}
-    groups = [(network, [_cell(key, ours[key]) for key in own]) for network, own in _networks(ours)]
+    groups = [
+        (network, [_cell(key, runs) for key in own for runs in _by_policy(ours[key])])
+        for network, own in _networks(ours)
+    ]
     title = f"Top-1 test error after the last epoch{_not_the_task(scale)}"
     note = " ".join(filter(None, (CELLS_NOTE, _answers([run for own in ours.values() for run in own]))))
     return page.table(title, CELLS, groups) + page.paragraph(note, "dim")
@@ -71,6 +74,11 @@ def _policy(run: Run) -> str | None:
     """None of a method that leaves no choice."""
     policy = run.setting("method.policy") if run.setting("method.name") in POLICY else None
     return policy and str(policy)
+
+
+def _by_policy(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs apart that answer with other weights; one list, empty, where there are none."""
+    return [[run for run in runs if _policy(run) == policy] for policy in dict.fromkeys(map(_policy, runs))] or [[]]
 
 
 def _unusual(runs: Iterable[Run]) -> set[str]:
@@ -208,6 +216,12 @@ def every_run(runs: Sequence[Run]) -> str:
     return page.table("Every run, by folder", RUNS, [("", [_run(run) for run in runs])])
 
 
+def _outcome(run: Run) -> str:
+    if not run.finished:
+        return page.cell("not finished", "none number")
+    return page.cell("for its time", "none number") if run.timed else page.number(run.error)
+
+
 def _run(run: Run) -> str:
     asked = run.setting("epochs")
     versions = run.starts[-1].get("versions") if run.starts else None
@@ -218,7 +232,7 @@ def _run(run: Run) -> str:
             page.cell(run.workdir),
             page.cell(run.setting("seed", "?"), "number"),
             page.cell(f"{run.epochs:g}" + ("" if run.finished else f" of {asked}"), "number"),
-            page.number(run.error) if run.finished else page.cell("not finished", "none number"),
+            _outcome(run),
             page.number(run.seconds, 1),
             page.cell((run.hardware or "unknown") + again),
         ],

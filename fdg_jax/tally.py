@@ -143,9 +143,12 @@ class Group:
 
 
 def by_task(runs: Iterable[Run]) -> dict[Task, list[Group]]:
-    """The groups of every task, in the order in which the runs are given; of paths, what tells them apart."""
+    """The groups of every task, in the order in which the runs are given; of paths, what tells them apart.
+
+    Runs that were made for a time alone, of a few epochs, are left out.
+    """
     tasks: dict[Task, list[Run]] = defaultdict(list)
-    for run in runs:
+    for run in [run for run in runs if not run.timed]:
         tasks[task_of(run)].append(run)
     paths = {task.path for task in tasks}
     return {task._replace(path=_tail(task.path, paths)): grouped(members) for task, members in tasks.items()}
@@ -237,9 +240,10 @@ def rest(group: Group, *free: str) -> tuple:
 
 
 def of_cell(runs: Iterable[Run], key: Key, scale: str | None) -> list[Run]:
-    """The runs made for a cell at a scale; where there is none, those made for the same experiment in another table."""
-    alike = [run for run in runs if run.cell and run.cell[1:] == key[1:] and run.scale == scale and not run.timed]
-    return distinct([run for run in alike if run.cell == key] or alike)
+    """The runs made for a cell at a scale, those of the same cell in another table among them."""
+    return distinct(
+        run for run in runs if run.cell and run.cell[1:] == key[1:] and run.scale == scale and not run.timed
+    )
 
 
 def by_place(runs: Iterable[Run], scale: str | None) -> dict[Place, Group]:

@@ -238,6 +238,20 @@ def test_a_computation_that_fails_is_told():
         recorder.stop()
 
 
+def test_what_is_there_already_wakes_no_thread():
+    """And what is not waits in one, however many there are."""
+    before, seen = threading.active_count(), []
+    recorder = Recorder(["a"], schedules.fdg(1), clock=lambda: 7.0, wait=seen.append)
+    recorder.begin(0)
+    recorder.deliver({("inputs", 0, 0): jax.block_until_ready(jax.numpy.ones(3))})
+    assert threading.active_count() == before
+    recorder.visit(0, (Op("F", 0),), "late")
+    recorder.visit(0, (Op("B", 0),), "later")
+    assert threading.active_count() == before + 1
+    assert [(message.sent, message.arrived) for message in recorder.stop().messages] == [(0, 0)]
+    assert seen == ["late", "later"]
+
+
 def train(pipe, recorder=None, first=3, num=6, last=12):
     """What the stages own in the end; the window is of the steps first .. first + num - 1."""
     state, batches = pipe.init(jax.random.key(0), tiny_batches(1)[0][0]), tiny_batches(last)

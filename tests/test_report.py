@@ -344,6 +344,27 @@ def test_a_time_of_one_log_is_not_measured(tmp_path):
     assert any(image["alt"].endswith("Seconds an epoch: not measured.") for image in page.images)
 
 
+def test_runs_that_answer_with_other_weights_have_a_row_each(tmp_path):
+    for policy, error in (("stash", 6.0), ("current", 7.0)):
+        cell = ("table4", "resnet56", "cifar10", "fdg", 0.5, 2)
+        make_run(tmp_path / policy, (20, error), beta=0.5, cell=cell, policy=policy)
+    page = Page(report.write(find([tmp_path]), tmp_path / "report").read_text())
+    rows = [row[:6] for row in page.rows if len(row) == 9 and row[1:3] == ["0.5", "2"]]
+    assert ["FDG", "0.5", "2", "6.00", "6.00 to 6.00", "1"] in rows
+    assert ["FDG, policy current", "0.5", "2", "7.00", "7.00 to 7.00", "1"] in rows
+
+
+def test_of_runs_for_their_times_alone_there_are_no_curves(tmp_path):
+    folder = make_run(tmp_path / "a", method="bp", cell=("table4", "wrn28_10", "cifar10", "bp", None, 1), scale="smoke")
+    (folder / "cell.json").write_text((folder / "cell.json").read_text().replace("{", '{"timed": true, ', 1))
+    page = Page(report.write(find([tmp_path]), tmp_path / "report").read_text())
+    assert "1 run of 2 epochs (resnet_cifar, depth 20, width 16 on cifar10) for the time alone" in page.text
+    assert "stand in for cells" not in page.text
+    assert "Learning curves" not in page.text
+    assert "Runs by method" not in page.text
+    assert "for its time" in [cell for row in page.rows for cell in row]
+
+
 def test_a_run_for_its_time_alone_fills_no_cell_of_errors_and_no_curve(tmp_path):
     for table in ("table2", "table4"):
         make_run(tmp_path / table, method="bp", num_stages=1, cell=(table, "wrn28_10", "cifar10", "bp", None, 1))

@@ -105,8 +105,8 @@ def test_what_only_a_time_is_published_of_is_run_for_its_time(scale):
     for job in timed:
         settings, own = settings_of(job.command)
         assert job.key[:5] == ("table4", "wrn28_10", "cifar10", settings.method.name, None)
-        assert job.folder == Path("w", "table4", f"{name_of(job.key)}_time", "seed3")
-        assert (settings.seed, settings.num_stages, settings.model) == (3, job.key.num_stages, own.model)
+        assert job.folder == Path("w", "table4", f"{name_of(job.key)}_time", "seed0")
+        assert (settings.seed, settings.num_stages, settings.model) == (0, job.key.num_stages, own.model)
         assert (settings.epochs, settings.batch_size, settings.optim.warmup_epochs) == (2, own.batch_size, 0)
         num_images = 1437 if scale == "smoke" else 50_000
         assert 2 * num_images // settings.batch_size >= 3 * settings.log_every_steps  # the first log tells no time
@@ -320,6 +320,16 @@ def test_a_cell_that_two_tables_share_is_run_once(tmp_path, pages):
 BETA_02 = ("fdg_beta0.2_K2/0", "fdg_beta0.2_K2/1")
 
 
+def test_a_command_that_was_run_by_hand_fills_its_cell(tmp_path, pages, capsys):
+    assert call(tmp_path, Fake(), "--only=bp") == 0
+    (cell,) = tmp_path.rglob("cell.json")
+    written = cell.read_text()
+    cell.unlink()
+    assert call(tmp_path, Fake(), "--only=bp") == 0
+    assert cell.read_text() == written
+    assert re.search(r"^resnet20_bp_K1 +1 +25.00", capsys.readouterr().out.split("already")[1], re.MULTILINE)
+
+
 def test_dry_runs_print_the_commands_that_are_missing_and_leave_nothing(tmp_path, pages, capsys):
     workdir = tmp_path / "w"
     assert call(workdir, Fake(), "--dry_run", "--scale=full", "--seeds=5") == 0
@@ -327,11 +337,16 @@ def test_dry_runs_print_the_commands_that_are_missing_and_leave_nothing(tmp_path
     assert lines == [job.typed for job in make_jobs("figure4a", "full", (5,), workdir, {})]
     assert lines[0].startswith("python -m fdg_jax.main --config=experiments/cifar10_resnet20.py --workdir=")
     assert not workdir.exists()
+    assert call(workdir, Fake(), "--only=bp") == 0
+    capsys.readouterr()
+    assert call(workdir, Fake(), "--only=bp", "--dry_run") == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_the_estimate_goes_by_the_network():
-    assert reproduce.time_left([], ["a"]) is None
-    assert reproduce.time_left([("a", 10.0), ("a", 20.0), ("b", 60.0)], ["a", "a", "b", "c"]) == 15 + 15 + 60 + 30
+    assert reproduce.time_left([], [("a", 1)]) is None
+    done, waiting = [("a", 10.0), ("a", 20.0), ("b", 60.0)], [("a", 1), ("a", 12), ("b", 2), ("c", 2)]
+    assert reproduce.time_left(done, waiting) == 15 + 12 * 15 + 2 * 60 + 2 * 30
 
 
 @pytest.mark.parametrize(

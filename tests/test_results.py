@@ -72,6 +72,23 @@ def test_what_is_missing_is_said(name, content, note, tmp_path):
     assert note in read(folder).notes
 
 
+@pytest.mark.parametrize("wrong", ['"seed": [1]', '"method": {"name": ["fdg"]}', '"data": 3', '"epochs": "two"'])
+def test_settings_of_another_kind_are_not_known(wrong, tmp_path):
+    folder = make_run(tmp_path / "a")
+    (folder / "config.json").write_text(f"{{{wrong}}}")
+    (folder / "run.json").write_text('[{"devices": 3}, {"command": "as typed"}]')
+    run = read(folder)
+    assert run.settings == {}
+    assert "config.json is not as a run writes it: its settings are not known" in run.notes
+    assert run.starts == [{"command": "as typed"}]
+    grouped([run])
+
+
+def test_runs_below_a_run_are_found_too(tmp_path):
+    above, below = make_run(tmp_path / "a"), make_run(tmp_path / "a" / "table4" / "b")
+    assert [run.workdir for run in find([above])] == [above, below]
+
+
 def test_runs_are_found_in_the_order_of_their_names_and_once(tmp_path):
     folders = [make_run(tmp_path / name) for name in ("b/seed_1", "b/seed_0", "a")]
     (folders[0] / "checkpoints" / "step_1").mkdir(parents=True)
@@ -180,13 +197,13 @@ def test_a_run_without_settings_is_a_task_of_its_own(tmp_path):
     ]
 
 
-def test_a_cell_takes_its_own_runs_and_else_those_of_the_same_experiment(tmp_path):
-    for table in ("table2", "table4"):
-        make_run(tmp_path / table, cell=(table, "resnet56", "cifar10", "fdg", 0.5, 2))
+def test_a_cell_takes_the_seeds_of_the_same_experiment_in_any_table_once(tmp_path):
+    for table, seed in (("table2", 0), ("table4", 0), ("table4", 1)):
+        make_run(tmp_path / f"{table}_{seed}", cell=(table, "resnet56", "cifar10", "fdg", 0.5, 2), seed=seed)
     runs = find([tmp_path])
-    key = Key("table4", "resnet56", "cifar10", "fdg", 0.5, 2)
-    assert [run.workdir.name for run in of_cell(runs, key, "full")] == ["table4"]
-    assert [run.workdir.name for run in of_cell(runs[:1], key, "full")] == ["table2"]
+    for table in ("table2", "table4"):
+        key = Key(table, "resnet56", "cifar10", "fdg", 0.5, 2)
+        assert [run.workdir.name for run in of_cell(runs, key, "full")] == ["table2_0", "table4_1"]
     assert of_cell(runs, key, "smoke") == []
     assert of_cell(runs, key._replace(beta=1.0), "full") == []
 
