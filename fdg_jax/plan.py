@@ -43,7 +43,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--device_memory", type=size, metavar="40GiB", help="plan for devices with so much memory, one a stage")
+    add(
+        "--device_memory",
+        type=size,
+        metavar="40GiB",
+        help="plan for devices of so much memory, one a stage; one if fused",
+    )
     add("--flops_per_second", type=speed, metavar="5e12", help="plan for devices as fast (an assumed 1e12)")
     add("--measure", action="store_true", help="run every layer on this machine's device, and plan with its times")
     add("--sweep", action="store_true", help=f"compare K = 1..{MOST_STAGES} and all methods in one table")

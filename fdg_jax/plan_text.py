@@ -118,10 +118,10 @@ def advise(remedies: Sequence[Remedy]) -> str:
     table = [("remedy", "needs", "fits", "cost", "changes")]
     for r in ranked:
         outcome = (gib(max(r.plan.memory)), "yes" if r.fits else "no", f"{r.cost:.2f}") if r.plan else ("-", "no", "-")
-        short = ", ".join(dict.fromkeys(CHANGES[key][0] for key in r.changes))
+        short = ", ".join(r.changes)
         table.append((" ".join(r.flags), *outcome, short if r.plan else f"refused: {r.refused}"))
     fitting = [remedy for remedy in ranked if remedy.fits]
-    smaller = [remedy for remedy in fitting[1:] if "batch_size" in remedy.changes]
+    smaller = [remedy for remedy in fitting[1:] if "batch" in remedy.changes]
     told = [f"best: {_told(remedy)}" for remedy in fitting[:1]] + [f"or:   {_told(remedy)}" for remedy in smaller[:1]]
     nothing = ["nothing that was tried fits: take devices with more memory"]
     return "\n".join((columns(table), RULE, "", *(told or nothing)))
@@ -130,7 +130,7 @@ def advise(remedies: Sequence[Remedy]) -> str:
 def _told(remedy: Remedy) -> str:
     """Its flags, what it comes to, and what it means, a line each."""
     assert remedy.plan
-    words = "; ".join(dict.fromkeys(CHANGES[key][1] for key in remedy.changes))
+    words = "; ".join(CHANGES[key] for key in remedy.changes)
     lines = " ".join(remedy.flags), f"needs {gib(max(remedy.plan.memory))}, cost {remedy.cost:.2f}", words
     return "\n      ".join(lines)
 

@@ -13,13 +13,13 @@ from fdg_jax.planning import Planner
 
 RULE = """\
 Best first: what fits, then what leaves all values as they are, then the least cost, which is how many times longer an
-image takes, times how many more devices there are, times how many more updates an epoch has; gains count nothing."""
-CHANGES = {  # by key: what it changes, in short and in words; of equal cost the first changes training least
-    "remat": ("nothing", "all values stay as they are"),
-    "method.policy": ("weights that answer", "late gradients meet today's weights"),
-    "cuts": ("delays", "layers have other delays"),
-    "num_stages": ("delays", "layers have other delays"),
-    "batch_size": ("batch", "noisier gradients and BatchNorm, more updates an epoch: adapt the rate"),
+image takes, times how many more devices there are, times how many more updates an epoch has; no gain lowers it."""
+CHANGES = {  # what a remedy changes, in short and in words; of equal cost the first changes training least
+    "nothing": "all values stay as they are",
+    "weights that answer": "late gradients meet today's weights",
+    "delays": "layers have other delays",
+    "local losses": "other layers learn by losses of their own",
+    "batch": "noisier gradients and BatchNorm, more updates an epoch: adapt the rate",
 }
 
 
@@ -29,12 +29,14 @@ class Remedy:
 
     Attributes:
         flags: that ask for it.
+        changes: keys of `CHANGES`, in their order.
         plan: what comes of it; None where it is refused.
         refused: why.
         cost: see `RULE`; 1 costs nothing.
     """
 
     flags: tuple[str, ...]
+    changes: tuple[str, ...]
     plan: RunPlan | None
     refused: str = ""
     cost: float = 1.0
@@ -42,12 +44,6 @@ class Remedy:
     @property
     def fits(self) -> bool:
         return self.plan is not None and self.plan.fits
-
-    @property
-    def changes(self) -> tuple[str, ...]:
-        """Keys of `CHANGES`; "remat" alone changes no value, and counts where there is nothing else."""
-        keys = [key for key in CHANGES if any(flag.startswith(f"--config.{key}=") for flag in self.flags)]
-        return tuple(keys[1:] if keys[0] == "remat" and keys[1:] else keys)
 
     def __lt__(self, other: "Remedy") -> bool:
         """The better one is less, as `RULE` has it."""
@@ -68,17 +64,23 @@ class Remedies:
 
     def __init__(self, planner: Planner, now: RunPlan):
         self.planner, self.now = planner, now
+        late = any(stage.staleness for stage in now.stages)
+        self.moved = (
+            "local losses" if now.schedule.local else "delays" if late else "nothing"
+        )  # by other cuts, and by K
 
     def all(self) -> Iterator[Remedy]:
         """One change at a time; where only smaller batches fit, these also with remat, and on the leanest change."""
-        tried = []
-        for remedy in chain(self._remats(self.now), self._policies(), self._cuts(), self._stages()):
-            tried.append(remedy)
+        enough, others = False, [self.now]
+        for remedy in self._remats(self.now):
+            enough |= remedy.fits
             yield remedy
-        enough = any(remedy.fits for remedy in tried)
+        for remedy in chain(self._policies(), self._cuts(), self._stages()):
+            enough |= remedy.fits
+            others += [remedy.plan] if remedy.plan else []
+            yield remedy
         yield from self._batches(self.now.settings, with_remat=not enough)
-        others = [remedy.plan for remedy in tried if remedy.plan and remedy.changes != ("remat",)]
-        leanest = min([self.now, *others], key=_need)
+        leanest = min(others, key=_need)
         if leanest is not self.now and not enough:
             yield from self._batches(leanest.settings, with_remat=True)
 
@@ -97,8 +99,8 @@ class Remedies:
 
     def _policies(self) -> Iterator[Remedy]:
         """Other weights answer what is late; where these are today's, there is no remat."""
-        settings, late = self.now.settings, any(stage.delay for stage in self.now.stages)
-        for word in ("current", "recompute") if late and settings.method.name in POLICY else ():
+        settings = self.now.settings
+        for word in ("current", "recompute") if self.moved == "delays" and settings.method.name in POLICY else ():
             if self.now.method.policy != word:
                 yield self._try(replace(settings, method=replace(settings.method, policy=word), remat="none"))
 
@@ -117,11 +119,14 @@ class Remedies:
             yield best
 
     def _stages(self) -> Iterator[Remedy]:
-        """More and fewer stages, cut where the layers' times are most even; remat is that of the leanest stage."""
+        """More and fewer stages, cut where the layers' times are most even; remat is that of the leanest stage.
+
+        One alone would be another method: backpropagation, unless this is that.
+        """
         settings = self.now.settings
         if "," in settings.remat:
             settings = replace(settings, remat=max(settings.remat.split(","), key=REMATS.index))
-        for k in range(1, min(MOST_STAGES, len(self.planner.layers)) + 1):
+        for k in range(1 if self.moved == "nothing" else 2, min(MOST_STAGES, len(self.planner.layers)) + 1):
             if k != settings.num_stages:
                 yield self._try(evenly_cut(self.planner, replace(settings, num_stages=k)))
 
@@ -138,15 +143,25 @@ class Remedies:
                 return
 
     def _try(self, settings: Settings) -> Remedy:
-        flags = changed(self.now.settings, settings)
+        flags, changes = changed(self.now.settings, settings), self._changes(settings)
         try:
             plan = self.planner.plan(settings)
         except ValueError as error:
-            return Remedy(flags, None, str(error))
+            return Remedy(flags, changes, None, str(error))
         slower = plan.image_seconds / self.now.image_seconds if self.now.image_seconds else 1.0
         devices = len(plan.memory) / len(self.now.memory)
         updates = self.now.settings.batch_size / settings.batch_size
-        return Remedy(flags, plan, cost=max(1.0, slower) * max(1.0, devices) * max(1.0, updates))
+        return Remedy(flags, changes, plan, cost=max(1.0, slower) * max(1.0, devices) * max(1.0, updates))
+
+    def _changes(self, settings: Settings) -> tuple[str, ...]:
+        now, found = self.now.settings, set()
+        if settings.method != now.method:
+            found.add("weights that answer")
+        if (settings.num_stages, settings.cuts) != (now.num_stages, now.cuts):
+            found.add(self.moved)
+        if settings.batch_size != now.batch_size:
+            found.add("batch")
+        return tuple(key for key in CHANGES if key in found - {"nothing"}) or ("nothing",)
 
 
 def _need(plan: RunPlan) -> int:
