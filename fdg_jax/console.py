@@ -11,11 +11,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
-from datetime import timedelta
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 LOG_FORMATS = ("text", "json")
 WINDOW = 20  # logs over which the pace is taken
@@ -132,18 +131,18 @@ class RunDisplay:
             TextColumn("{task.fields[latest]}", markup=False),
             *([BarColumn(bar)] if bar else []),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("left"),
+            TextColumn("{task.fields[left]}", markup=False),  # rich's own would count what compiles
         )
         self._progress = Progress(*columns, console=console, disable=not _draws(console))
-        self._task = self._progress.add_task("", total=num_steps, completed=step, latest="compiling")
         self._width = len(str(num_steps))
-        self._room = console.width - bar - (2 * self._width + 1) - len("0:00:00  left") - 4
+        self._room = console.width - bar - (2 * self._width + 1) - len("100:00:00 left") - 3
         self._marks: deque[tuple[int, float]] = deque(maxlen=WINDOW)  # batches fed, and when
         self._logs = 0
         self._tested: dict[str, float] = {}
         told = [describe_balance(balance), f"stages {100 * min(balance):.0f}-100 %"] if len(balance) > 1 else [""]
         self._balance = next((each for each in told if len(each) <= self._room), told[-1])
+        latest, left = _in_lines(["compiling", self._balance], self._room), _time_left(None)
+        self._task = self._progress.add_task("", total=num_steps, completed=step, latest=latest, left=left)
 
     def __enter__(self) -> "RunDisplay":
         self._progress.start()
@@ -156,6 +155,8 @@ class RunDisplay:
         self._step += num
         if not self._marks:  # what was before this was mostly compilation
             self._marks.append((self._step, self._clock()))
+        elif not self._logs:
+            self._progress.update(self._task, latest=_in_lines(["training", self._balance], self._room))
         self._progress.advance(self._task, num)
 
     def report(self, step: int, epoch: float, time_s: float, values: Mapping[str, float]) -> None:
@@ -166,10 +167,12 @@ class RunDisplay:
         log = {tag: value for tag, value in ordered if tag not in tested}  # what a probe found too
         self._tested = tested or self._tested
         parts = [*_parts(trained), self._balance, *_parts(self._tested, "accuracy")]
-        self._progress.update(self._task, latest=_in_lines(parts, self._room))
+        latest = _in_lines(["  ".join(parts[:2]), *parts[2:]], self._room)  # loss and accuracy in one in any case
+        self._progress.update(self._task, latest=latest, left=_time_left(left), refresh=True)  # not older than the line
         if not _draws(self.console) or tested:
             head = f"epoch {epoch:6.2f}/{self._num_epochs}  step {step:{self._width}d}"
-            say(self.console, "  ".join([head, *_parts(trained), *_time_left(left), *_parts(tested)]))
+            time_left = [] if left is None else [_time_left(left)]
+            say(self.console, "  ".join([head, *_parts(trained), *time_left, *_parts(tested)]))
         when = {"step": step, "epoch": round(epoch, 4), "time_s": round(time_s, 3)}
         self.lines.write("log", {**when, "time_left_s": None if left is None else round(left, 1), **log})
         if tested:
@@ -197,9 +200,9 @@ def _draws(console: Console) -> bool:
 
 
 def _in_lines(parts: Sequence[str], width: int) -> str:
-    """The parts, wrapped between them; the first two share a line in any case: the loss and the accuracy."""
-    lines = ["  ".join(parts[:2])]
-    for part in filter(None, parts[2:]):
+    """The parts, wrapped between them; the first may be longer than the width."""
+    lines = [parts[0]]
+    for part in filter(None, parts[1:]):
         if len(lines[-1]) + 2 + len(part) <= max(width, len(lines[0])):
             lines[-1] += f"  {part}"
         else:
@@ -207,8 +210,12 @@ def _in_lines(parts: Sequence[str], width: int) -> str:
     return "\n".join(lines)
 
 
-def _time_left(seconds: float | None) -> list[str]:
-    return [] if seconds is None else [f"{timedelta(seconds=round(seconds))} left"]
+def _time_left(seconds: float | None) -> str:
+    """`26:03:09 left`, in hours, minutes and seconds."""
+    if seconds is None:
+        return "-:--:-- left"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
 
 
 def describe_balance(shares: Sequence[float]) -> str:

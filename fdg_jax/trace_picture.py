@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 MOST = 16  # visits a device in a picture, so that they can be read; a file has all
 LETTERS = 5.5, 9.0  # points, of a box's label: smaller ones are left out
+NARROWEST = 0.8  # points, of a box: shorter visits are drawn as wide, to be seen
+EDGED = 2.5  # points, from which on a box has a white edge: it would hide a narrower one
 ROOM = 2.4  # inches beside the lanes
 HEIGHT = 0.62  # of a lane's boxes; the rest is for arrows
 BAND = {UPDATE: 0.25}  # height of an operation in its visit's box, relative to others
@@ -47,10 +49,11 @@ def _draw_panel(axes: "Axes", timeline: Timeline, end: float, points: float) -> 
     """One timeline until `end`; `points` of the page a second."""
     lanes, parts = timeline.lanes, shares(timeline)
     for lane, (device, boxes) in enumerate(lanes.items()):
+        shared = len(timeline.stages(device)) > 1
         axes.broken_barh([(0, 1e3 * end)], (lane - HEIGHT / 2, HEIGHT), facecolors=FAINT, zorder=0)
         for box in boxes:
             if box.start < end:
-                _draw_visit(axes, lane, box, points * (box.end - box.start))
+                _draw_visit(axes, lane, box, points, f"{box.stage}: " if shared else "")
         text = "\n".join(f"{share:.0f} % {name}" for name, share in parts[device]._asdict().items())
         axes.text(1.005, lane, text, transform=axes.get_yaxis_transform(), va="center", fontsize=7, color=INK)
     places = {device: lane for lane, device in enumerate(lanes)}
@@ -63,19 +66,27 @@ def _draw_panel(axes: "Axes", timeline: Timeline, end: float, points: float) -> 
     bare(axes)
 
 
-def _draw_visit(axes: "Axes", lane: int, box: Box, points: float) -> None:
-    """A band an operation, in the order in which they run; how a visit's time is divided among them nobody knows."""
+def _draw_visit(axes: "Axes", lane: int, box: Box, points: float, stage: str) -> None:
+    """A band an operation, in the order in which they run; how a visit's time is divided among them nobody knows.
+
+    The first label begins with `stage`; `points` of the page a second.
+    """
     whole, top = sum(BAND.get(op.kind, 1.0) for op in box.ops), lane - HEIGHT / 2
-    start, length = 1e3 * box.start, 1e3 * (box.end - box.start)
+    wide = max(NARROWEST, points * (box.end - box.start))
+    above = 1.0 if wide >= EDGED else 2.5  # than the next visit and its edge, which would hide a narrow one
+    start, length = 1e3 * box.start, 1e3 * wide / points if points else 0.0
+    labels = {op: str(op) for op in box.ops if op.kind != UPDATE}
+    labels |= {op: stage + label for op, label in list(labels.items())[:1]}
+    size = min(LETTERS[1], wide / (0.65 * max(map(len, labels.values()), default=1)))
     for op in box.ops:
-        height, face, text = HEIGHT * BAND.get(op.kind, 1.0) / whole, fill(op.kind, op.batch), str(op)
-        axes.broken_barh([(start, length)], (top, height), facecolors=face, edgecolors="none", zorder=1)
-        size = min(LETTERS[1], points / (0.65 * len(text)))
-        if op.kind != UPDATE and size >= LETTERS[0]:
-            _write(axes, (start + length / 2, top + height / 2), text, size, ink_on(face))
+        height, face = HEIGHT * BAND.get(op.kind, 1.0) / whole, fill(op.kind, op.batch)
+        axes.broken_barh([(start, length)], (top, height), facecolors=face, edgecolors="none", zorder=above)
+        if op in labels and size >= LETTERS[0]:
+            _write(axes, (start + length / 2, top + height / 2), labels[op], size, ink_on(face))
         top += height
-    place = [(start, length)], (lane - HEIGHT / 2, HEIGHT)
-    axes.broken_barh(*place, facecolors="none", edgecolors="white", linewidth=0.9, zorder=2)
+    if wide >= EDGED:
+        place = [(start, length)], (lane - HEIGHT / 2, HEIGHT)
+        axes.broken_barh(*place, facecolors="none", edgecolors="white", linewidth=0.9, zorder=2)
 
 
 def _write(axes: "Axes", place: tuple[float, float], text: str, size: float, ink: str) -> None:

@@ -22,7 +22,7 @@ from fdg_jax.pipeline import Pipeline
 from fdg_jax.plots import save
 from fdg_jax.recorder import Recorder
 from fdg_jax.schedule import row
-from fdg_jax.sealed import replace_text
+from fdg_jax.sealed import free_name, replace_text
 from fdg_jax.timeline import Box
 from fdg_jax.trace import Timeline, by_device, chrome_trace, table
 from fdg_jax.trace_picture import draw
@@ -180,7 +180,9 @@ class Tracing:
     def _beside_plan(self, measured: Timeline, devices: Sequence[int]) -> list[Timeline]:
         schedule, first = self._pipe.schedule, measured.boxes[0]
         num_ticks = max(box.tick for box in measured.boxes) - first.tick + 1
-        if self._pipe.method.reuse or not follows(measured, schedule):  # but another, to which the method has switched
+        if self._pipe.method.reuse or not follows(measured, schedule):
+            why = "repeats batches of a buffer" if self._pipe.method.reuse else "switches within the window"
+            say(self._console, f"no timeline is planned beside the measured one, for the method {why}")
             return [measured]
         costs = measured_costs(measured, schedule.num_stages)
         return [planned(schedule, costs, devices, first, num_ticks), measured]
@@ -196,13 +198,25 @@ class Tracing:
         return planned(pipe.schedule, costs, [0] * len(costs), Box(stage, 0, tick, visit, 0.0, 0.0), num_ticks)
 
     def _write(self, timelines: Sequence[Timeline]) -> None:
+        self._keep_earlier()
         replace_text(self._workdir / "trace.json", json.dumps(chrome_trace(timelines)) + "\n")
         save(draw(timelines), self._workdir / "trace.png")
 
+    def _keep_earlier(self) -> None:
+        """A run that goes on may have traced a window before, or the first part of this one."""
+        paths = [path for path in (self._workdir / "trace.png", self._workdir / "trace.json") if path.exists()]
+        if paths:
+            suffixes = [path.suffix for path in paths]
+            kept = free_name(paths[0].with_suffix(""), lambda stem: any(stem.with_suffix(s).exists() for s in suffixes))
+            for path in paths:
+                path.rename(kept.with_suffix(path.suffix))
+            say(self._console, f"the earlier trace is kept as {' and '.join(kept.name + each for each in suffixes)}")
+
     def _tell(self, timelines: Sequence[Timeline], pauses: Sequence[Pause], end: int) -> None:
         first, files = self._begun or 0, [self._workdir / name for name in ("trace.png", "trace.json")]
-        steps = f"the steps {first} to {end - 1}{_short(first, end, self._first, self._end)}{left_out(pauses)}"
-        say(self._console, f"traced {steps}; where the time of every device goes, in percent:")
+        steps = f"step {first}" if end == first + 1 else f"the steps {first} to {end - 1}"
+        more = f"{_short(first, end, self._first, self._end)}{left_out(pauses)}"
+        say(self._console, f"traced {steps}{more}; where the time of every device goes, in percent:")
         say(self._console, table(timelines))
         more = f"; {self._workdir / 'profile'}, whose making slowed the run" if self._profiles else ""
         say(self._console, f"{files[0]}; {files[1]}, for https://ui.perfetto.dev{more}")
@@ -210,8 +224,8 @@ class Tracing:
             "first_step": first,
             "steps": end - first,
             "asked_steps": self._settings.trace.num_steps,
-            "pause_s": total(pauses, compiles=False),
-            "compilation_s": total(pauses, compiles=True),
+            "pause_s": float(total(pauses, compiles=False)),
+            "compilation_s": float(total(pauses, compiles=True)),
             "files": [str(path) for path in files],
         }
         self._lines.write("trace", facts | {timeline.name: by_device(timeline) for timeline in timelines})

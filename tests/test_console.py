@@ -112,6 +112,47 @@ def test_the_time_left_forgets_the_first_log():
     assert left == [None, 80 * 2, 70 * 2]
 
 
+def frames_of(progress):
+    """What a bar shows now, without styles."""
+    console = Console(file=io.StringIO(), width=160, color_system=None)
+    console.print(progress.get_renderable())
+    return console.file.getvalue()
+
+
+def test_the_bar_and_the_line_agree_on_the_time_left():
+    """Also after a first batch of 1000 s, and over a day."""
+    now, text, lines = [0.0], io.StringIO(), io.StringIO()
+    console = Console(file=text, width=160, color_system=None, force_terminal=True)
+    with RunDisplay(100, 1, console, lines=JsonLines(lines), clock=lambda: now[0]) as display:
+        assert "-:--:-- left" in frames_of(display._progress)
+        for step, seconds, left in ((10, 1000.0, None), (20, 20.0, "0:02:40"), (30, 30000.0, "29:11:10")):
+            display.advance(10)
+            now[0] += seconds
+            display.report(step, step / 100, now[0], TESTED)
+            shown = frames_of(display._progress)
+            assert f" {left or '-:--:--'} left" in shown
+            assert shown.count("left") == 1
+            line, below = text.getvalue().split(f"step  {step}")[1].split("\n", 1)
+            assert (f"  {left} left" in line) if left else ("left" not in line)
+            assert f" {left or '-:--:--'} left" in below.splitlines()[0]
+
+
+@pytest.mark.parametrize("width", [60, 160])
+@pytest.mark.parametrize("balance", [(), (1, 0.5), (0.75, *[1.0] * 15)])
+def test_before_the_first_log_the_bar_says_what_goes_on_and_the_balance(width, balance):
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=True)
+    with RunDisplay(100, 1, console, balance=balance) as display:
+        for what in ("compiling", "compiling", "training", "training"):
+            shown = frames_of(display._progress)
+            assert [word in shown for word in ("compiling", "training")] == [what == "compiling", what == "training"]
+            assert ("stages " in shown) == bool(balance)
+            assert all(len(line) <= display._room for line in display._progress.tasks[0].fields["latest"].splitlines())
+            display.advance(1)
+        display.report(4, 0.04, 1.0, VALUES)
+        display.advance(1)
+        assert "loss 0.5000  accuracy 87.50 %" in frames_of(display._progress)
+
+
 def test_a_run_that_goes_on_knows_its_pace_by_its_own_batches():
     now, lines = [0.0], io.StringIO()
     with RunDisplay(100, 1, Console(quiet=True), 50, JsonLines(lines), clock=lambda: now[0]) as display:

@@ -11,7 +11,7 @@ from fdg_jax.plots import save
 from fdg_jax.schedule import Op
 from fdg_jax.timeline import Box, Link, Message, StageCost, plan
 from fdg_jax.trace import Timeline, by_device, chrome_trace, shares, table, title
-from fdg_jax.trace_picture import LETTERS, MOST, draw
+from fdg_jax.trace_picture import EDGED, LETTERS, MOST, NARROWEST, draw
 
 
 def box(stage, tick, start, end, *ops, device=None):
@@ -195,3 +195,25 @@ def test_labels_are_legible_or_not_there():
     assert all(text.get_position()[1] < 0.5 for text in labels)  # none on the lane of small boxes
     assert min(text.get_fontsize() for text in labels) >= LETTERS[0]
     assert figure.get_figwidth() <= 13  # inches: on a screen, letters are as large as they say
+
+
+def test_a_lane_of_several_stages_tells_them_apart():
+    boxes = (box(0, 0, 0, 1, "B3", "U3", "F5"), box(1, 0, 1, 2, "F4", device=0), box(2, 0, 0, 2, "F3", device=1))
+    texts = [text.get_text() for text in draw([Timeline("measured", boxes)]).axes[0].texts]
+    assert [text for text in texts if len(text) < 8] == ["0: B3", "F5", "1: F4", "F3"]
+
+
+def test_short_visits_are_seen():
+    """A white edge is for wide boxes; the others are no narrower than what is visible."""
+    boxes = (box(0, 0, 0, 0.001, "B1"), box(0, 1, 1, 1.001, "B2"), box(1, 0, 0, 10, "B1"))
+    figure = draw([Timeline("measured", boxes)])
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    points = 72 / figure.dpi * axes.bbox.width / 10_000  # a ms
+    bars = [bar for bar in axes.collections if bar.get_zorder() > 0]
+    edged, filled = ([b for b in bars if len(b.get_edgecolor() if edges else b.get_facecolor())] for edges in (1, 0))
+    assert [bar.get_datalim(axes.transData).width for bar in edged] == [10_000]
+    widths = [points * bar.get_datalim(axes.transData).width for bar in filled]
+    assert widths[:2] == pytest.approx([NARROWEST] * 2, rel=0.2)  # the page's margins are estimated
+    assert widths[2] > EDGED
+    assert min(bar.get_zorder() for bar in filled[:2]) > edged[0].get_zorder()  # nor does that of the next hide it

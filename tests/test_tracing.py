@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -107,6 +108,7 @@ def test_machines_are_told_the_same(runs):
     assert (line["first_step"], line["steps"], line["asked_steps"]) == (3, 4, 4)
     assert line["files"] == [str(folder / "traced" / name) for name in ("trace.png", "trace.json")]
     assert line["pause_s"] > line["compilation_s"] == 0
+    assert isinstance(line["compilation_s"], float)
     for name in ("planned", "measured"):
         for device, found in enumerate(line[name]):
             assert (found["device"], found["stages"]) == (device, [device])
@@ -199,7 +201,34 @@ def test_a_run_that_goes_on_within_the_window_says_so(monkeypatch, fused):
         tracing.watch(None, step)
         now[0] += 1
     assert found == [(1.0, 5)]
-    assert "traced the steps 4 to 4 (1 of the 3 asked for, since the run went on at step 4); where" in text.getvalue()
+    assert "traced step 4 (1 of the 3 asked for, since the run went on at step 4); where" in text.getvalue()
+
+
+def test_an_earlier_trace_is_kept(tmp_path):
+    text = io.StringIO()
+    settings = dataclasses.replace(SMALL, trace=TraceSettings(2, 3))
+    tracing = Tracing(settings, FusedPipe(), Digits(), tmp_path, Console(file=text, width=250), step=0)
+    parts = [dataclasses.replace(HAND_MADE, name=name) for name in ("first", "second", "third")]
+    for part in parts:
+        tracing._write([part])
+    for name, part in zip(("trace-2", "trace-3", "trace"), parts, strict=True):
+        assert part.name in (tmp_path / f"{name}.json").read_text()
+        assert (tmp_path / f"{name}.png").exists()
+    told = [f"the earlier trace is kept as trace-{k}.png and trace-{k}.json" for k in (2, 3)]
+    assert text.getvalue().splitlines()[-2:] == told
+
+
+@pytest.mark.parametrize(
+    ("schedule", "reuse", "why"),
+    [(schedules.bp(2), 0, "switches within the window"), (schedules.fdg(2), 3, "repeats batches of a buffer")],
+)
+def test_a_window_without_a_plan_says_so(tmp_path, schedule, reuse, why):
+    pipe, text = FusedPipe(), io.StringIO()
+    pipe.schedule, pipe.method = schedule, SimpleNamespace(reuse=reuse)
+    tracing = Tracing(SMALL, pipe, Digits(), tmp_path, Console(file=text, width=250), step=0)
+    measured = planned_timeline(schedules.fdg(2), [StageCost(1, 2)] * 2, 3)
+    assert tracing._beside_plan(measured, [0, 1]) == [measured]
+    assert text.getvalue() == f"no timeline is planned beside the measured one, for the method {why}\n"
 
 
 def test_what_compiles_after_a_run_is_heard_of_no_more(fused):
